@@ -1,0 +1,101 @@
+"""What crosses the boundary between scheduling and execution, and nothing else does.
+
+A step is a diff. The runner keeps, per request that it knows, the token ids (prompt and everything sampled so far), the block
+table, the number of computed tokens and the sampling state. SchedulerOutput tells it only what changed. Steps are executed
+in the order of their ids, and within a step the runner applies, in this order:
+
+    1. forget `finished_keys` and `preempted_keys`
+    2. `swap_outs`   device block → host block     (before anything can overwrite the device blocks)
+    3. `swap_ins`    host block → device block
+    4. `block_copies` device block → device block  (copy on write)
+    5. add `new_requests`, apply `cached_requests`
+    6. run `num_scheduled_tokens` tokens of each request, starting at its `num_computed_tokens`
+    7. for every request whose tokens are then all computed, sample
+
+    token ids  [ computed before | scheduled in this step | later chunks ]
+                0 … num_computed   … + num_scheduled        … num_tokens
+
+Sampled tokens stay with the runner: with more than one step in flight, the scheduler schedules the next decode of a request
+before it knows the token that this decode starts from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.core.types import SamplingParams, TokenLogprobs
+
+# One sample of one request: f"{request_id}/{index}".
+RequestKey = str
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request that the runner does not know (first time, or again after preemption), whole.
+
+    `token_ids` holds prompt and output so far. `seed` and `sample_index` with the position of a token give its random numbers. Prompt
+    log-probabilities, if asked for, are wanted for the positions from `prompt_logprobs_start` on.
+    """
+
+    key: RequestKey
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    sample_index: int
+    prompt_logprobs_start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRequest:
+    """A request that the runner knows: block ids to append, and where this step's tokens start."""
+
+    key: RequestKey
+    new_block_ids: list[int]
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMove:
+    """Copy the whole KV block `source` to `target`."""
+
+    source: int
+    target: int
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step. `num_scheduled_tokens` is ordered; requests that only decode come first."""
+
+    step_id: int
+    new_requests: list[NewRequest] = field(default_factory=list)
+    cached_requests: list[CachedRequest] = field(default_factory=list)
+    num_scheduled_tokens: dict[RequestKey, int] = field(default_factory=dict)
+    finished_keys: list[RequestKey] = field(default_factory=list)
+    preempted_keys: list[RequestKey] = field(default_factory=list)
+    block_copies: list[BlockMove] = field(default_factory=list)
+    swap_outs: list[BlockMove] = field(default_factory=list)
+    swap_ins: list[BlockMove] = field(default_factory=list)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens.values())
+
+
+@dataclass(slots=True)
+class RunnerOutput:
+    """What a step produced.
+
+    `sampled_token_ids`: for each request that sampled, its new tokens (one, or several under speculation). `logprobs`: one entry
+    per sampled token, for requests that asked. `prompt_logprobs`: (position of the first token, entries); the entry at position p belongs
+    to prompt token p and was predicted from tokens before it. `errors`: requests that failed alone (such as NaN logits);
+    their other fields are absent.
+    """
+
+    step_id: int
+    sampled_token_ids: dict[RequestKey, list[int]] = field(default_factory=dict)
+    logprobs: dict[RequestKey, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[RequestKey, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    errors: dict[RequestKey, str] = field(default_factory=dict)

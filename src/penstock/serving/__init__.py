@@ -1,0 +1,1 @@
+"""The people's wing: text, HTTP, replicas. Never imports torch."""
