@@ -122,7 +122,7 @@ class ZmqClientEndpoint:
         # A plain (not asyncio) view of the same socket, so that `send` is a plain call that says at once if the queue is full.
         self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
     def send(self, message: ToEngine) -> None:
         try:

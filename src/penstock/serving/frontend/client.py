@@ -70,8 +70,8 @@ class Delta:
 
     `text` extends the sample's text; it never ends inside a UTF-8 sequence and never contains part of a stop string. `offset` counts the
     sample's output tokens before `token_ids`. `prompt_token_ids` and `prompt_logprobs` (one entry per prompt token, the first without
-    a value) come with the first delta of sample 0. The last delta of a sample has `finish_reason`; `stop_reason` is the stop string or token id
-    that ended it. `num_output_tokens` is the running total, `num_prompt_tokens` and `num_cached_tokens` are the prompt's.
+    a value) come with the first delta of sample 0. The last delta of a sample has `finish_reason`; `stop_reason` is the stop string
+    or token id that ended it. `num_output_tokens` is the running total, `num_prompt_tokens` and `num_cached_tokens` are the prompt's.
     """
 
     index: int
