@@ -1,0 +1,463 @@
+"""Which tokens of which requests run in the next step.
+
+There is no prefill and no decode here. Every request has tokens (prompt, output, and tokens being sampled by steps in flight) and a
+number of them that are computed; each step hands out a token budget until the second catches up with the first. Chunked prefill,
+prefix hits, recompute after preemption and resumption elsewhere are this one rule.
+
+Order within a step: requests that run and need one token (their rhythm is what users see), requests that run and need more, then
+admissions. While others decode, prompts together get at most `max_prefill_tokens_while_decoding`.
+
+This file holds the rule and the bookkeeping of steps. It must not learn about text, devices, clients or metrics: ordering belongs
+to policy.py, blocks to kv_cache_manager.py, outcomes and deltas to engine.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from penstock.core.errors import IntegrityError
+from penstock.core.types import FinishReason, LiveLimits, TokenLogprobs
+from penstock.engine.kv_cache_manager import KVCacheManager
+from penstock.engine.policy import Policy, WaitingQueue
+from penstock.engine.request import Request, RequestStatus
+from penstock.engine.step import CachedRequest, NewRequest, RequestKey, RunnerOutput, SchedulerOutput
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step being filled: what is left of the budgets, and who got how many tokens."""
+
+    budget: int
+    prefill_budget: int
+    scheduled: dict[Request, int] = field(default_factory=dict)
+    new_blocks: dict[Request, list[int]] = field(default_factory=dict)
+
+    def add(self, request: Request, num_tokens: int, new_blocks: list[int]) -> None:
+        self.scheduled[request] = num_tokens
+        self.new_blocks[request] = new_blocks
+        self.budget -= num_tokens
+        if request.num_uncomputed_tokens > 1:
+            self.prefill_budget -= num_tokens
+
+    def remove(self, request: Request) -> None:
+        num_tokens = self.scheduled.pop(request, 0)
+        self.new_blocks.pop(request, None)
+        self.budget += num_tokens
+
+    def share_of(self, request: Request) -> int:
+        """How many tokens of `request` this step may still run."""
+        wanted = request.num_uncomputed_tokens
+        return min(wanted, self.budget) if wanted == 1 else min(wanted, self.budget, max(self.prefill_budget, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One request's part of a step in flight. `samples`: the step catches up with the request and samples its next token."""
+
+    request: Request
+    num_tokens: int
+    epoch: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class _InflightStep:
+    output: SchedulerOutput
+    parts: list[_Part]
+    void: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a retired step means for one request. `offset`: output tokens before `token_ids`."""
+
+    request: Request
+    offset: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+class Scheduler:
+    """Requests in, steps out; results in, updates out. Single-threaded.
+
+    `ceiling`: the start-up values of the live limits. Call `schedule` and hand its steps to an executor; call `update` (or `fail`) once
+    for every step, in order.
+    """
+
+    def __init__(self, kv: KVCacheManager, policy: Policy, ceiling: LiveLimits) -> None:
+        self.kv = kv
+        self.policy = policy
+        self.limits = ceiling
+        self.requests: dict[RequestKey, Request] = {}
+        self.waiting = WaitingQueue(policy)
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._inflight: OrderedDict[int, _InflightStep] = OrderedDict()
+        self._next_step_id = 0
+        self._finished_keys: list[RequestKey] = []
+        self._preempted_keys: list[RequestKey] = []
+        self._suspects: list[Request] = []
+
+    # ---- requests come and go ----
+
+    def add(self, request: Request) -> None:
+        """Queue a request; with a leader it waits until the leader has computed the prompt that they share."""
+        self.requests[request.key] = request
+        if request.leader is None:
+            self.waiting.push(request)
+        else:
+            request.status = RequestStatus.FOLLOWING
+            request.leader.followers.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, whatever it is doing. Its blocks come back when no step in flight touches them."""
+        if request.finished:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        elif request.status is RequestStatus.WAITING:
+            self.waiting.discard(request)
+        elif request.leader is not None:
+            request.leader.followers.remove(request)
+        request.status = RequestStatus.FINISHED
+        self.kv.release(request)
+        del self.requests[request.key]
+        if request in self._suspects:
+            self._suspects.remove(request)
+        if request.known_to_runner:
+            self._finished_keys.append(request.key)
+        self._release_followers(request)
+
+    @property
+    def num_inflight(self) -> int:
+        return len(self._inflight)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests) - len(self.running)
+
+    def has_work(self) -> bool:
+        return bool(self.requests or self._inflight)
+
+    # ---- one step ----
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None when nothing can run before a step in flight retires (or at all)."""
+        plan = _Plan(self._token_budget, self._token_budget)
+        if self._suspects:
+            self._schedule_suspect(plan)
+        else:
+            preemptions = self.num_preemptions
+            self._schedule_running(plan)
+            if self.num_preemptions == preemptions:
+                self._schedule_waiting(plan)
+        return self._commit(plan) if plan.scheduled else None
+
+    @property
+    def _token_budget(self) -> int:
+        budget = self.limits.max_num_batched_tokens
+        return budget if budget is not None else 2**31
+
+    def _schedule_running(self, plan: _Plan) -> None:
+        needy = [request for request in self.running if request.num_uncomputed_tokens > 0]
+        decodes = [request for request in needy if request.num_uncomputed_tokens == 1]
+        for request in decodes:
+            self._extend(plan, request)
+        cap = self.limits.max_prefill_tokens_while_decoding
+        if plan.scheduled and cap is not None:
+            plan.prefill_budget = min(plan.budget, cap)
+        for request in needy:
+            if request.num_uncomputed_tokens > 1:
+                self._extend(plan, request)
+
+    def _extend(self, plan: _Plan, request: Request) -> None:
+        """Schedule tokens of a running request, preempting from the end of the order to make room."""
+        if request.status is not RequestStatus.RUNNING:
+            return
+        num_tokens = plan.share_of(request)
+        if num_tokens <= 0:
+            return
+        target = request.num_computed_tokens + num_tokens
+        while (blocks := self.kv.extend(request, target)) is None:
+            missing = self.kv.blocks_for(target) - len(request.block_ids)
+            if self.kv.num_deferred and self.kv.pool.num_free + self.kv.num_deferred >= missing:
+                return  # room comes back with the steps in flight
+            victim = self.running[-1]
+            self._preempt(plan, victim)
+            if victim is request:
+                return
+        plan.add(request, num_tokens, blocks)
+
+    def _schedule_waiting(self, plan: _Plan) -> None:
+        max_num_seqs = self.limits.max_num_seqs or 2**31
+        while plan.budget > 0 and (request := self.waiting.peek()) is not None:
+            if request.num_inflight:
+                return  # preempted; its last tokens are not known yet
+            if len(self.running) >= max_num_seqs and not self._displace(plan, request):
+                return
+            if not self._admit(plan, request) and not self._displace(plan, request):
+                return
+
+    def _displace(self, plan: _Plan, request: Request) -> bool:
+        """Preempt the last running request for `request`, if the policy finds it worth it."""
+        if not self.running or not self.policy.may_displace(request, self.running[-1]):
+            return False
+        if self.kv.num_deferred:
+            return False  # see first what the steps in flight give back
+        self._preempt(plan, self.running[-1])
+        return True
+
+    def _admit(self, plan: _Plan, request: Request) -> bool:
+        """Move a waiting request to running and schedule its first tokens. False when budget or blocks are short."""
+        leader = request.leader
+        if leader is not None and leader.block_ids and leader.num_computed_tokens >= request.num_prompt_tokens > 1:
+            return self._admit_fork(plan, request, leader)
+        match = self.kv.match_prefix(request)
+        request.num_computed_tokens = match.num_tokens
+        num_tokens = plan.share_of(request)
+        # A prompt that is admitted piece by piece must fit as a whole, or several would grow into each other.
+        if num_tokens <= 0 or not self.kv.fits(request, match, request.num_tokens):
+            request.num_computed_tokens = 0
+            return False
+        self.kv.admit(request, match, match.num_tokens + num_tokens)
+        self._start(plan, request, num_tokens, match.num_tokens)
+        return True
+
+    def _admit_fork(self, plan: _Plan, request: Request, leader: Request) -> bool:
+        if not self.kv.fork(request, leader, request.num_prompt_tokens):
+            return False
+        request.num_computed_tokens = request.num_prompt_tokens - 1
+        self._start(plan, request, 1, leader.num_cached_tokens)
+        return True
+
+    def _start(self, plan: _Plan, request: Request, num_tokens: int, num_cached_tokens: int) -> None:
+        self.waiting.pop()
+        request.leader = None
+        request.status = RequestStatus.RUNNING
+        request.num_retired_tokens = request.num_computed_tokens
+        if request.epoch == 0:
+            request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
+        bisect.insort(self.running, request, key=self.policy.key)
+        plan.add(request, num_tokens, [])
+
+    def _schedule_suspect(self, plan: _Plan) -> None:
+        """After a failed step its requests run one at a time, so that the one that makes steps fail fails alone."""
+        request = self._suspects[0]
+        if self._inflight:
+            return
+        if request.status is RequestStatus.FOLLOWING:
+            raise IntegrityError(f"{request!r} is suspect but never ran")
+        while request.status is RequestStatus.WAITING:
+            if self._admit_suspect(plan, request):
+                return
+            self._preempt(plan, self.running[-1])
+        self._extend(plan, request)
+
+    def _admit_suspect(self, plan: _Plan, request: Request) -> bool:
+        match = self.kv.match_prefix(request)
+        if not self.kv.fits(request, match, request.num_tokens):
+            return False
+        request.num_computed_tokens = match.num_tokens
+        num_tokens = plan.share_of(request)
+        self.kv.admit(request, match, match.num_tokens + num_tokens)
+        # It may not be the head of the queue: count it out and leave its entry to lazy removal.
+        self.waiting.discard(request)
+        request.leader = None
+        request.status = RequestStatus.RUNNING
+        request.num_retired_tokens = request.num_computed_tokens
+        bisect.insort(self.running, request, key=self.policy.key)
+        plan.add(request, num_tokens, [])
+        return True
+
+    def _preempt(self, plan: _Plan | None, request: Request) -> None:
+        """Take the blocks from a running request; it is computed again later, from prompt and output so far."""
+        if plan is not None:
+            plan.remove(request)
+        self.running.remove(request)
+        self.kv.release(request)
+        request.num_computed_tokens = 0
+        request.num_retired_tokens = 0
+        request.epoch += 1
+        if request.known_to_runner:
+            self._preempted_keys.append(request.key)
+            request.known_to_runner = False
+        self.waiting.push(request)
+        self._release_followers(request)
+        self.num_preemptions += 1
+
+    def _release_followers(self, leader: Request) -> None:
+        """The leader has computed the prompt (its followers may now share it) or never will (the first follower leads)."""
+        followers, leader.followers = leader.followers, []
+        if not followers:
+            return
+        if leader.status is RequestStatus.RUNNING:
+            for follower in followers:
+                self.waiting.push(follower)
+            return
+        first, *others = followers
+        first.leader = None
+        first.followers = others
+        for follower in others:
+            follower.leader = first
+        self.waiting.push(first)
+
+    def _commit(self, plan: _Plan) -> SchedulerOutput:
+        step = SchedulerOutput(self._next_step_id)
+        self._next_step_id += 1
+        moves = self.kv.take_moves(step.step_id)
+        step.swap_outs, step.swap_ins, step.block_copies = moves.swap_outs, moves.swap_ins, moves.copies
+        step.finished_keys, self._finished_keys = self._finished_keys, []
+        step.preempted_keys, self._preempted_keys = self._preempted_keys, []
+        parts = []
+        # Stable: those that need one token first.
+        for request, num_tokens in sorted(plan.scheduled.items(), key=lambda item: item[1] > 1):
+            step.num_scheduled_tokens[request.key] = num_tokens
+            if request.known_to_runner:
+                step.cached_requests.append(
+                    CachedRequest(request.key, plan.new_blocks[request], request.num_computed_tokens)
+                )
+            else:
+                step.new_requests.append(_new_request(request))
+                request.known_to_runner = True
+            request.num_computed_tokens += num_tokens
+            request.num_inflight += 1
+            request.last_step_id = step.step_id
+            samples = request.num_computed_tokens == request.num_tokens + request.num_pending
+            request.num_pending += samples
+            parts.append(_Part(request, num_tokens, request.epoch, samples))
+            if request.followers and request.num_computed_tokens >= request.num_prompt_tokens:
+                self._release_followers(request)
+        self._inflight[step.step_id] = _InflightStep(step, parts)
+        return step
+
+    # ---- results come back ----
+
+    def update(self, output: RunnerOutput) -> list[Update]:
+        """Take in the result of the oldest step in flight."""
+        step = self._retire(output.step_id)
+        updates = []
+        for part in step.parts:
+            request = part.request
+            request.num_inflight -= 1
+            request.num_pending -= part.samples
+            if request.finished or step.void:
+                continue
+            if (error := output.errors.get(request.key)) is not None:
+                updates.append(self._finish_with_error(request, error))
+                continue
+            self._keep_prompt_logprobs(request, output)
+            if part.epoch == request.epoch:
+                request.num_retired_tokens += part.num_tokens
+                if part.samples and request in self._suspects:
+                    self._suspects.remove(request)
+            if part.samples:
+                updates.append(self._append(request, output))
+            if part.epoch == request.epoch and not request.finished:
+                self.kv.cache_computed_blocks(request)
+        return updates
+
+    def _append(self, request: Request, output: RunnerOutput) -> Update:
+        """Append sampled tokens up to the first that ends the request."""
+        sampled = output.sampled_token_ids.get(request.key)
+        if not sampled:
+            raise IntegrityError(f"step {output.step_id} has no token for {request!r}")
+        offset = request.num_output_tokens
+        taken: list[int] = []
+        finish_reason: FinishReason | None = None
+        stop_token_id = None
+        if request.max_output_tokens == 0:
+            finish_reason = "length"
+        else:
+            for token_id in sampled:
+                request.token_ids.append(token_id)
+                taken.append(token_id)
+                if token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
+                    finish_reason, stop_token_id = "stop", token_id
+                elif request.num_output_tokens >= request.max_output_tokens:
+                    finish_reason = "length"
+                if finish_reason is not None:
+                    break
+        if finish_reason is not None:
+            # The blocks of a finished request are the likeliest to be asked for again: name them first.
+            if request.block_ids:
+                self.kv.cache_computed_blocks(request)
+            self.finish(request)
+        logprobs = output.logprobs.get(request.key)
+        return Update(
+            request, offset, taken, logprobs[: len(taken)] if logprobs else None, finish_reason, stop_token_id
+        )
+
+    def _keep_prompt_logprobs(self, request: Request, output: RunnerOutput) -> None:
+        entry = output.prompt_logprobs.get(request.key)
+        if entry is None or request.prompt_logprobs is None:
+            return
+        start, entries = entry
+        # With several steps in flight a preempted request may be told an entry twice.
+        request.prompt_logprobs.extend(entries[request.next_prompt_logprob - start :])
+
+    def fail(self, step_id: int, error: str) -> list[Update]:
+        """The oldest step in flight raised. Its results and those of later steps in flight are lost.
+
+        A request that was alone in it fails; several are preempted and then run one at a time, to find out whose fault it was.
+        """
+        step = self._retire(step_id, failed=True)
+        for later in self._inflight.values():
+            later.void = True
+        updates = []
+        alive = [part.request for part in step.parts if not part.request.finished]
+        for part in step.parts:
+            part.request.num_inflight -= 1
+            part.request.num_pending -= part.samples
+        if len(step.parts) == 1 and alive and not step.void:
+            updates.append(self._finish_with_error(alive[0], error))
+            alive = []
+        for request in alive:
+            if not step.void and request not in self._suspects:
+                self._suspects.append(request)
+        lost = {part.request for later in self._inflight.values() for part in later.parts} | set(alive)
+        for request in sorted(lost, key=self.policy.key):
+            if request.status is RequestStatus.RUNNING:
+                self._preempt(None, request)
+        return updates
+
+    def _finish_with_error(self, request: Request, error: str) -> Update:
+        self.finish(request)
+        return Update(request, request.num_output_tokens, [], finish_reason="error", error=error)
+
+    def _retire(self, step_id: int, *, failed: bool = False) -> _InflightStep:
+        expected, step = self._inflight.popitem(last=False)
+        if expected != step_id:
+            raise IntegrityError(f"step {step_id} came back before step {expected}")
+        self.kv.retire_step(step_id, failed_swap_outs=step.output.swap_outs if failed or step.void else ())
+        return step
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless blocks and queues are consistent."""
+        self.kv.check_integrity(self.requests.values())
+        if sorted(self.running, key=self.policy.key) != self.running:
+            raise IntegrityError("running requests are out of order")
+        for request in self.requests.values():
+            running = request.status is RequestStatus.RUNNING
+            if running != (request in self.running) or running != bool(request.block_ids):
+                raise IntegrityError(f"{request!r} holds {len(request.block_ids)} blocks in the wrong state")
+            if request.num_pending < 0 or request.num_inflight < 0:
+                raise IntegrityError(f"{request!r} got more results than it has steps")
+
+
+def _new_request(request: Request) -> NewRequest:
+    return NewRequest(
+        key=request.key,
+        token_ids=list(request.token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_computed_tokens=request.num_computed_tokens,
+        block_ids=list(request.block_ids),
+        sampling=request.sampling,
+        seed=request.seed,
+        sample_index=request.index,
+        prompt_logprobs_start=request.next_prompt_logprob,
+    )

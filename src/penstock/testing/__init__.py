@@ -1,0 +1,1 @@
+"""What tests build on: fakes, tiny checkpoints, builders. Not imported by the server."""

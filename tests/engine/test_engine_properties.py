@@ -1,0 +1,186 @@
+"""Random sequences of adds, aborts, steps, failures and limit changes: blocks stay whole, no request is lost, none is answered twice."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from penstock.core.types import EngineRequest, LiveLimits, SamplingParams
+from penstock.testing.builders import Collector, make_engine, make_request
+from penstock.testing.fake_executor import FakeExecutor, expected_tokens
+
+VOCAB = 61  # small, so that random prompts share prefixes and end-of-sequence turns up
+
+
+class EngineMachine(RuleBasedStateMachine):
+    depth = 1
+    requests = Bundle("requests")
+
+    @initialize(
+        num_blocks=st.integers(12, 30),
+        num_host_blocks=st.sampled_from([0, 3, 16]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        prefix_caching=st.booleans(),
+        budget=st.integers(3, 24),
+        prefill_cap=st.integers(1, 24),
+        max_num_seqs=st.integers(1, 6),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        num_host_blocks: int,
+        policy: str,
+        prefix_caching: bool,
+        budget: int,
+        prefill_cap: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.fail_next = False
+        self.now = 0.0
+        self.ceiling = (budget, max_num_seqs)
+        self.executor = FakeExecutor(
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            max_inflight=self.depth,
+            vocab_size=VOCAB,
+            fail_when=lambda step: self.failure(),
+        )
+        self.engine = make_engine(
+            self.executor,
+            max_num_batched_tokens=budget,
+            max_prefill_tokens_while_decoding=prefill_cap,
+            max_num_seqs=max_num_seqs,
+            policy=policy,
+            prefix_caching=prefix_caching,
+            clock=lambda: self.now,
+        )
+        self.collector = Collector()
+        self.added: dict[str, EngineRequest] = {}
+        self.aborted: set[str] = set()
+        self.failures = 0
+
+    def failure(self) -> Exception | None:
+        if self.fail_next:
+            self.fail_next = False
+            self.failures += 1
+            return RuntimeError("injected")
+        return None
+
+    @rule(
+        target=requests,
+        prefix=st.integers(0, 3),
+        length=st.integers(1, 30),
+        max_tokens=st.integers(0, 16),
+        n=st.integers(1, 3),
+        priority=st.integers(-1, 1),
+        seed=st.integers(0, 2),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+        timeout_s=st.sampled_from([None, None, 5.0]),
+    )
+    def add(
+        self,
+        prefix: int,
+        length: int,
+        max_tokens: int,
+        n: int,
+        priority: int,
+        seed: int,
+        prompt_logprobs: int | None,
+        timeout_s: float | None,
+    ) -> str:
+        prompt = [(prefix + i * i) % VOCAB for i in range(length)]
+        sampling = SamplingParams(max_tokens=max_tokens, n=n, seed=seed, prompt_logprobs=prompt_logprobs)
+        request = make_request(prompt, sampling=sampling, priority=priority, timeout_s=timeout_s)
+        self.added[request.request_id] = request
+        self.collector.take(self.engine.add(request))
+        return request.request_id
+
+    @rule(request_id=consumes(requests), only_first=st.booleans())
+    def abort(self, request_id: str, only_first: bool) -> None:
+        self.aborted.add(request_id)
+        self.collector.take(self.engine.abort(b"", request_id, [0] if only_first else None))
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.collector.take(self.engine.step())
+            self.engine.check_integrity()
+
+    @rule()
+    def next_step_fails(self) -> None:
+        self.fail_next = True
+
+    @rule(share=st.integers(1, 4))
+    def change_limits(self, share: int) -> None:
+        budget, seqs = self.ceiling
+        self.engine.configure(
+            LiveLimits(max_num_batched_tokens=max(1, budget // share), max_num_seqs=max(1, seqs // share))
+        )
+
+    @rule(seconds=st.floats(0.5, 3.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.collector.take(self.engine.expire())
+
+    @invariant()
+    def blocks_are_whole(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(5000):
+            if not self.engine.has_work():
+                break
+            self.collector.take(self.engine.step())
+        assert not self.engine.has_work(), "the engine does not come to rest"
+        self.engine.check_integrity()
+        assert self.engine.stats().kv_blocks_used == 0
+        for request_id, request in self.added.items():
+            for index in range(request.sampling.n):
+                self.check_outcome(request, (request_id, index))
+
+    def check_outcome(self, request: EngineRequest, sample: tuple[str, int]) -> None:
+        final = self.collector.final[sample]
+        tokens = self.collector.tokens[sample]
+        expected = expected_tokens(request.prompt_token_ids, request.sampling, VOCAB, sample[1])
+        if final.finish_reason in ("stop", "length"):
+            assert tokens == expected
+        elif final.finish_reason == "abort":
+            assert request.request_id in self.aborted
+            assert tokens == expected[: len(tokens)]
+        else:
+            assert final.error is not None
+            refused = final.error.status == 400 and not tokens
+            late = final.error.status == 504 and request.timeout_s is not None
+            failed = final.error.status == 500 and self.failures > 0
+            assert refused or late or failed, final
+
+
+def machine(depth: int) -> type[EngineMachine]:
+    return type(f"EngineMachineDepth{depth}", (EngineMachine,), {"depth": depth})
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_random_sequences(depth: int) -> None:
+    run_state_machine_as_test(
+        machine(depth),
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
