@@ -7,6 +7,7 @@
     └── RequestError                one request ends with this; rendered as OpenAI's error object
         ├── InvalidRequestError     400  the request is wrong; `param` names the field
         │   └── ContextLengthError  400  prompt and max_tokens do not fit the model or the cache
+        ├── PermissionDeniedError   403  the route exists, but not for this caller
         ├── NotFoundError           404  no such model or route
         ├── PayloadTooLargeError    413  body above the limit
         ├── AbortedError            499  the client went away
@@ -78,6 +79,12 @@ class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
 
 
+class PermissionDeniedError(RequestError):
+    status = 403
+    type = "permission_error"
+    default_code = "permission_denied"
+
+
 class NotFoundError(RequestError):
     status = 404
     type = "invalid_request_error"
@@ -130,6 +137,7 @@ _BY_STATUS: dict[int, type[RequestError]] = {
     cls.status: cls
     for cls in (
         InvalidRequestError,
+        PermissionDeniedError,
         NotFoundError,
         PayloadTooLargeError,
         AbortedError,

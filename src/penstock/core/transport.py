@@ -13,17 +13,20 @@ import asyncio
 import contextlib
 import logging
 import queue
+import shutil
+import tempfile
 from collections import deque
+from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from penstock.core.errors import OverloadedError
+from penstock.core.errors import ConfigError, OverloadedError, PenstockError
 from penstock.core.types import FromEngine, ToEngine
 
 if TYPE_CHECKING:
     import zmq
-    import zmq.asyncio
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +88,14 @@ class ZmqEngineEndpoint:
             return messages
         while True:
             try:
-                client, payload = self._socket.recv_multipart(self._zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(self._zmq.NOBLOCK)
             except self._zmq.Again:
                 return messages
             try:
+                client, payload = frames
                 messages.append((client, self._decoder.decode(payload)))
-            except (msgspec.MsgspecError, ValueError) as error:
+            # ValueError: not two frames. PenstockError: well-formed, but a struct's own check refuses the values.
+            except (msgspec.MsgspecError, ValueError, PenstockError) as error:
                 logger.error("dropped a message that does not decode: %s", error)
 
     def send(self, client: ClientId, message: FromEngine) -> bool:
@@ -106,37 +111,95 @@ class ZmqEngineEndpoint:
 
 
 class ZmqClientEndpoint:
-    """DEALER socket connected to `address`. The engine need not be there yet."""
+    """DEALER socket connected to `address`. The engine need not be there yet.
+
+    The socket's file descriptor signals edges, not levels: any call on the socket, a send too, can consume the edge that announces
+    an incoming message. So every send wakes the reader to look again, and the reader waits only after a receive that found nothing.
+    """
 
     def __init__(self, address: str) -> None:
         import zmq
-        import zmq.asyncio
 
         self._zmq = zmq
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDHWM, SEND_QUEUE_LENGTH)
         self._socket.set(zmq.RCVHWM, SEND_QUEUE_LENGTH)
+        self._socket.set(zmq.RECONNECT_IVL, 20)
         self._socket.connect(address)
-        # A plain (not asyncio) view of the same socket, so that `send` is a plain call that says at once if the queue is full.
-        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def send(self, message: ToEngine) -> None:
         try:
-            self._sender.send(self._encoder.encode(message), self._zmq.NOBLOCK)
+            self._socket.send(self._encoder.encode(message), self._zmq.NOBLOCK)
         except self._zmq.Again as error:
             raise OverloadedError("The engine does not take messages at the moment; retry shortly.") from error
+        finally:
+            self._wake.set()
 
     async def receive(self) -> FromEngine:
-        payload = await self._socket.recv()
-        return self._decoder.decode(payload)
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket.fileno(), self._wake.set)
+        while True:
+            self._wake.clear()
+            try:
+                payload = self._socket.recv(self._zmq.NOBLOCK)
+            except self._zmq.Again:
+                await self._wake.wait()
+                continue
+            try:
+                return self._decoder.decode(payload)
+            except (msgspec.MsgspecError, PenstockError) as error:
+                logger.error("dropped a message that does not decode: %s", error)
 
     def close(self) -> None:
+        if self._socket.closed:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self._context.term()
+
+
+class SocketDirectory:
+    """A directory for ipc sockets that only this user can enter (mode 0700), removed with its contents by `close`.
+
+    Socket paths are short (107 bytes on Linux), so it lives in the system's temporary directory, or in /tmp where that path is too long.
+    """
+
+    MAX_PATH_BYTES = 100
+
+    def __init__(self) -> None:
+        base = Path(tempfile.gettempdir())
+        if len(bytes(base)) > self.MAX_PATH_BYTES - 40:
+            base = Path("/tmp")  # noqa: S108  mkdtemp below makes a private folder inside it
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="penstock-", dir=base))
+        except OSError as error:
+            raise ConfigError(f"Cannot make a folder for sockets in {base}: {error}; set TMPDIR.") from error
+        self._count = 0
+
+    def new_address(self) -> str:
+        """An address that was not used before, so that a late message of an old engine cannot reach a new one."""
+        self._count += 1
+        return f"ipc://{self.path}/engine-{self._count}"
+
+    def close(self) -> None:
+        """Remove the directory. Idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> SocketDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class InProcessTransport:

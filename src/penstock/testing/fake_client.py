@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class FakeClient:
     active: dict[str, asyncio.Event] = field(default_factory=dict)
     limits: LiveLimits = _CEILING
     draining: bool = False
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Yield the deltas of all samples, round robin."""
@@ -113,6 +115,8 @@ class FakeClient:
             raise
         finally:
             del self.active[request.request_id]
+            if not self.active:
+                self._idle.set()
             if not finished:
                 self.closed_early.append(request.request_id)
 
@@ -208,9 +212,10 @@ class FakeClient:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort the rest."""
         self.draining = True
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.active and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.005)
+        if self.active:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
         for request_id in list(self.active):
             await self.abort(request_id)
 
@@ -239,7 +244,9 @@ def _work_out(request: GenerationRequest, prompt_ids: list[int], behavior: Behav
     tokens = endless[:most]
     for position, token in enumerate(tokens):
         if token == EOS or token in sampling.stop_token_ids:
-            return _Sample(index, tokens[: position + 1], _text(tokens[:position]), "stop", None if token == EOS else token)
+            return _Sample(
+                index, tokens[: position + 1], _text(tokens[:position]), "stop", None if token == EOS else token
+            )
         text = _text(tokens[: position + 1])
         for stop in sampling.stop:
             at = text.find(stop)
@@ -249,7 +256,9 @@ def _work_out(request: GenerationRequest, prompt_ids: list[int], behavior: Behav
     return _Sample(index, tokens, _text(tokens), "length")
 
 
-def _sample_deltas(request: GenerationRequest, prompt_ids: list[int], behavior: Behavior, sample: _Sample) -> list[Delta]:
+def _sample_deltas(
+    request: GenerationRequest, prompt_ids: list[int], behavior: Behavior, sample: _Sample
+) -> list[Delta]:
     """The deltas of one sample; text is held back until it is whole UTF-8 and no part of a stop string."""
     sampling = request.sampling
     size = max(1, behavior.tokens_per_delta)
@@ -271,7 +280,9 @@ def _sample_deltas(request: GenerationRequest, prompt_ids: list[int], behavior: 
                 num_output_tokens=start + len(tokens),
                 num_prompt_tokens=len(prompt_ids),
                 num_cached_tokens=behavior.num_cached_tokens,
-                logprobs=None if sampling.logprobs is None else [_logprob(token, sampling.logprobs) for token in tokens],
+                logprobs=None
+                if sampling.logprobs is None
+                else [_logprob(token, sampling.logprobs) for token in tokens],
                 prompt_token_ids=prompt_ids if first else None,
                 prompt_logprobs=_prompt_logprobs(prompt_ids, sampling.prompt_logprobs) if first else None,
                 finish_reason=(behavior.finish_reason or sample.finish_reason) if last else None,
@@ -295,7 +306,8 @@ def _logprob(token: int, top: int) -> TokenLogprob:
     value = -(token % 8 + 1) / 8
     others = tuple((token + step) % VOCABULARY for step in range(top))
     alternatives = tuple(
-        TopLogprob(other, token_text(other), token_bytes(other), value - 0.25 * step) for step, other in enumerate(others)
+        TopLogprob(other, token_text(other), token_bytes(other), value - 0.25 * step)
+        for step, other in enumerate(others)
     )
     return TokenLogprob(token, token_text(token), token_bytes(token), value, alternatives)
 

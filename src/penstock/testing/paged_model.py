@@ -80,7 +80,7 @@ class PagedModel:
                 cache.key.fill_(torch.nan)
                 cache.value.fill_(torch.nan)
         self.free_blocks = list(range(num_blocks))
-        random.Random(seed).shuffle(self.free_blocks)
+        random.Random(seed).shuffle(self.free_blocks)  # noqa: S311
         self.sequences: dict[str, PagedSequence] = {}
 
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class PagedModel:
                 torch.tensor(input_ids, device=self.device), torch.tensor(positions, device=self.device)
             )
             logits = self.loaded.model.compute_logits(hidden)
-        return dict(zip(names, logits.split(query_lens), strict=True))
+        return dict(zip(names, torch.split(logits, query_lens), strict=True))
 
     def finish(self, name: str) -> None:
         """Forget a sequence and free its blocks, whose memory keeps what was in it."""

@@ -72,6 +72,7 @@ class Delta:
     sample's output tokens before `token_ids`. `prompt_token_ids` and `prompt_logprobs` (one entry per prompt token, the first without
     a value) come with the first delta of sample 0. The last delta of a sample has `finish_reason`; `stop_reason` is the stop string
     or token id that ended it. `num_output_tokens` is the running total, `num_prompt_tokens` and `num_cached_tokens` are the prompt's.
+    `queue_time_s` comes once, with the first delta of a sample: the seconds it waited in the engine.
     """
 
     index: int
@@ -86,6 +87,7 @@ class Delta:
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    queue_time_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

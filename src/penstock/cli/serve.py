@@ -1,0 +1,37 @@
+"""`penstock serve MODEL`: the engine process and the OpenAI-compatible API in front of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from penstock.cli.options import SettingsCommand, config_from, with_settings
+from penstock.core.config import EMBEDDED_MODEL, EngineConfig, ServerConfig
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("model", default=EMBEDDED_MODEL, envvar="PENSTOCK_MODEL")
+@with_settings(EngineConfig, ServerConfig)
+def serve(**values: Any) -> int:
+    """Serve MODEL through the OpenAI-compatible API.
+
+    MODEL is a Hugging Face model folder, a hub name that was pulled before, or 'stories', the embedded model (default).
+
+    Every setting can also come from the environment as PENSTOCK_<NAME>, such as PENSTOCK_PORT=9000; a flag beats it.
+    """
+    engine = config_from(EngineConfig, values)
+    server = config_from(ServerConfig, values)
+    _require_server_packages()
+    from penstock.hub import resolve_model
+
+    resolve_model(engine.model, engine.revision)  # a wrong name is told before anything heavy is imported
+    from penstock.launch import serve as launch_serve
+
+    return launch_serve(engine, server)
+
+
+def _require_server_packages() -> None:
+    from penstock.cli.packages import require
+
+    require("server", "fastapi", "uvicorn", "zmq", "prometheus_client", "httpx")

@@ -1,0 +1,66 @@
+"""What `penstock serve` prints when it is ready: where the time went, what is in force, and a line to try."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from penstock.core.config import EngineConfig, ServerConfig, flag_name
+from penstock.core.types import Hello, ModelInfo
+
+_GIB = 2**30
+
+
+def startup_report(
+    engine: EngineConfig, server: ServerConfig, hello: Hello, model_name: str, url: str, seconds: float
+) -> str:
+    """`seconds`: from the start of the process to now. The numbers in `hello` are those that 0 and 'auto' became."""
+    phases = "  ".join(f"{name} {duration:.2f} s" for name, duration in hello.timeline)
+    return "\n".join(
+        [
+            f"Penstock serves {model_name} at {url}/v1",
+            f"  start-up       {phases}  ready {seconds:.2f} s",
+            *(f"  {label:<14} {text}" for label, text in _facts(hello.model)),
+            f"  settings       {_settings(engine, server)}",
+            "",
+            "Try it:",
+            f"  {curl_line(url, model_name)}",
+        ]
+    )
+
+
+def _facts(model: ModelInfo) -> list[tuple[str, str]]:
+    swap = f", {model.swap_tokens:,} more on the host" if model.swap_tokens else ""
+    return [
+        (
+            "model",
+            f"{model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters, {model.weight_bytes / _GIB:.2f} GiB",
+        ),
+        ("runs on", f"{model.device}, {model.dtype}, attention by {model.attention_backend}"),
+        ("context", f"{model.max_model_len:,} tokens"),
+        (
+            "KV cache",
+            f"{model.kv_cache_tokens:,} tokens in blocks of {model.block_size}, {model.kv_cache_bytes / _GIB:.2f} GiB{swap}",
+        ),
+        ("batch", f"up to {model.max_num_seqs} requests and {model.max_num_batched_tokens:,} tokens per step"),
+    ]
+
+
+def _settings(engine: EngineConfig, server: ServerConfig) -> str:
+    """The settings that differ from their defaults."""
+    changed = []
+    for config in (engine, server):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if value != field.default and field.name != "model":
+                changed.append(f"{flag_name(field.name)} {value}")
+    return " ".join(changed) or "all defaults (penstock serve --help)"
+
+
+def curl_line(url: str, model_name: str) -> str:
+    """A request to paste into a shell."""
+    message = (
+        "Write a single paragraph moral story for children about a fox who learns the value of honesty in a forest."
+    )
+    body = {"model": model_name, "messages": [{"role": "user", "content": message}], "max_tokens": 200}
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

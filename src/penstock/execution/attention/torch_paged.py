@@ -1,0 +1,257 @@
+"""Paged attention in plain torch operators: the reference for every other backend, for CPUs and GPUs alike.
+
+Layout of one layer's keys (and values): [num_blocks, block_size, KVH, D], so that a slot is a row.
+
+Decodes: the contexts of many requests are gathered into one padded batch and attended to in one call. Requests of similar length
+share a batch, so that one long context does not pad all the others. The query heads of one KV head are laid along
+the query dimension, so that keys and values are not repeated:
+
+    query [R, H, D] → [R, KVH, H / KVH, D]     keys [R, longest, KVH, D] → [R, KVH, longest, D]
+
+Padding repeats a slot of the same request. Its weight is exactly zero, and since 0 * NaN is NaN, it must never be
+memory that another request may have filled.
+
+Prefill chunks: one call per request over its whole context, with a causal mask aligned to the bottom right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penstock.execution.attention.backend import KVCache, Move
+from penstock.execution.attention.context import AttentionMetadata
+
+# Contexts up to this many tokens share a batch whatever their lengths: padding them costs less than another call.
+_SMALL_CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Decodes attended to in one call. rows: int64 [B], their tokens (None: all decodes, in order);
+    slots: int64 [B * longest]; mask: [B, 1, 1, longest], 0 or -inf, or None when nothing is padded."""
+
+    rows: Tensor | None
+    slots: Tensor
+    longest: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """One request's query tokens [start, end), the slots of the context they may see, and who sees what.
+
+    mask: [end - start, context], 0 or -inf; None when the plain causal triangle is meant."""
+
+    start: int
+    end: int
+    slots: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to attend in this step; the same for all layers with one sliding window."""
+
+    decodes: list[DecodeBatch]
+    prefills: list[PrefillChunk]
+
+
+class TorchPagedAttention:
+    """See the module's description."""
+
+    name = "torch"
+
+    def allocate_kv_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    def allocate_host_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        pinned = device.type == "cuda"
+        return KVCache(
+            torch.zeros(shape, dtype=dtype, pin_memory=pinned), torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+        )
+
+    def bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        kv_cache.key.flatten(0, 1).index_copy_(0, slot_mapping, key)
+        kv_cache.value.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+    def attend(
+        self, query: Tensor, kv_cache: KVCache, metadata: AttentionMetadata, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        plan = metadata.plan.get(sliding_window)
+        if plan is None:
+            plan = make_plan(metadata, kv_cache.key.shape[1], sliding_window, query.dtype)
+            metadata.plan[sliding_window] = plan
+        output = torch.empty_like(query)
+        for batch in plan.decodes:
+            _attend_decodes(query, kv_cache, batch, metadata.num_decodes, scale, output)
+        for chunk in plan.prefills:
+            _attend_prefill(query, kv_cache, chunk, scale, output)
+        return output
+
+    def copy_blocks(self, kv_caches: Sequence[KVCache], source: Tensor, target: Tensor) -> None:
+        for cache in kv_caches:
+            for tensor in (cache.key, cache.value):
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+    def swap_out(self, kv_caches: Sequence[KVCache], host_caches: Sequence[KVCache], moves: Sequence[Move]) -> None:
+        _move_blocks(kv_caches, host_caches, moves)
+
+    def swap_in(self, kv_caches: Sequence[KVCache], host_caches: Sequence[KVCache], moves: Sequence[Move]) -> None:
+        _move_blocks(host_caches, kv_caches, moves)
+
+
+def make_plan(metadata: AttentionMetadata, block_size: int, sliding_window: int | None, dtype: torch.dtype) -> Plan:
+    """Gather lists and masks for a step, from the host's copy of its shape."""
+    decodes = [
+        _plan_decodes(metadata, rows, block_size, sliding_window, dtype)
+        for rows in group_by_length(_visible_lengths(metadata, sliding_window))
+    ]
+    prefills = [
+        _plan_prefill(metadata, request, block_size, sliding_window, dtype)
+        for request in range(metadata.num_decodes, metadata.num_requests)
+    ]
+    return Plan(decodes, prefills)
+
+
+def group_by_length(
+    lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
+) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Split indices so that within a group no length is below half of the longest, small lengths excepted."""
+    order = np.argsort(-lengths, kind="stable")
+    groups = []
+    while len(order):
+        bound = lengths[order[0]] // 2
+        size = len(order) if bound < _SMALL_CONTEXT else int(np.searchsorted(-lengths[order], -bound, side="right"))
+        groups.append(np.sort(order[:size]))
+        order = order[size:]
+    return groups
+
+
+def _visible_lengths(
+    metadata: AttentionMetadata, sliding_window: int | None
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    lengths = metadata.seq_lens_host[: metadata.num_decodes].astype(np.int64)
+    return lengths if sliding_window is None else np.minimum(lengths, sliding_window)
+
+
+def _plan_decodes(
+    metadata: AttentionMetadata,
+    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+    block_size: int,
+    sliding_window: int | None,
+    dtype: torch.dtype,
+) -> DecodeBatch:
+    device = metadata.block_tables.device
+    lengths = _visible_lengths(metadata, sliding_window)[rows]
+    longest, shortest = int(lengths.max()), int(lengths.min())
+    whole = len(rows) == metadata.num_decodes
+    row_index = None if whole else torch.from_numpy(rows).to(device)
+    seq_lens = metadata.seq_lens[: metadata.num_decodes]
+    tables = metadata.block_tables[: metadata.num_decodes]
+    if row_index is not None:
+        seq_lens, tables = seq_lens[row_index], tables[row_index]
+    last = seq_lens.to(torch.int64).unsqueeze(1) - 1  # [B, 1] position of the query token
+    # Counted backwards from the query token; padding then repeats the request's first visible position.
+    back = torch.arange(longest - 1, -1, -1, device=device)
+    visible = last + 1 if sliding_window is None else (last + 1).clamp(max=sliding_window)
+    positions = last - torch.minimum(back, visible - 1)  # [B, longest]
+    blocks = tables.gather(1, positions // block_size).to(torch.int64)
+    slots = blocks * block_size + positions % block_size
+    mask = None
+    if shortest < longest:
+        mask = torch.zeros(slots.shape, dtype=dtype, device=device).masked_fill_(back >= visible, -torch.inf)
+        mask = mask[:, None, None, :]
+    return DecodeBatch(row_index, slots.flatten(), longest, mask)
+
+
+def _plan_prefill(
+    metadata: AttentionMetadata, request: int, block_size: int, sliding_window: int | None, dtype: torch.dtype
+) -> PrefillChunk:
+    device = metadata.block_tables.device
+    start, end = (int(bound) for bound in metadata.query_start_host[request : request + 2])
+    seq_len = int(metadata.seq_lens_host[request])
+    num_queries = end - start
+    first_query = seq_len - num_queries
+    first_key = 0 if sliding_window is None else max(0, first_query - sliding_window + 1)
+    key_positions = torch.arange(first_key, seq_len, device=device)
+    blocks = metadata.block_tables[request].index_select(0, key_positions // block_size).to(torch.int64)
+    slots = blocks * block_size + key_positions % block_size
+    windowed = sliding_window is not None and sliding_window < seq_len
+    if num_queries == 1 or (first_query == 0 and not windowed):
+        return PrefillChunk(start, end, slots, None)
+    query_positions = torch.arange(first_query, seq_len, device=device).unsqueeze(1)
+    hidden = key_positions > query_positions
+    if sliding_window is not None:
+        hidden |= key_positions <= query_positions - sliding_window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    return PrefillChunk(start, end, slots, mask)
+
+
+def _attend_decodes(
+    query: Tensor, kv_cache: KVCache, batch: DecodeBatch, num_decodes: int, scale: float, output: Tensor
+) -> None:
+    rows = query[:num_decodes] if batch.rows is None else query.index_select(0, batch.rows)
+    num_kv_heads, head_dim = kv_cache.key.shape[2:]
+    shape = (len(rows), batch.longest, num_kv_heads, head_dim)
+    key = kv_cache.key.flatten(0, 1).index_select(0, batch.slots).view(shape).transpose(1, 2)
+    value = kv_cache.value.flatten(0, 1).index_select(0, batch.slots).view(shape).transpose(1, 2)
+    grouped = rows.view(len(rows), num_kv_heads, -1, head_dim)
+    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=batch.mask, scale=scale)
+    attended = attended.reshape(rows.shape)
+    if batch.rows is None:
+        output[:num_decodes] = attended
+    else:
+        output.index_copy_(0, batch.rows, attended)
+
+
+def _attend_prefill(query: Tensor, kv_cache: KVCache, chunk: PrefillChunk, scale: float, output: Tensor) -> None:
+    key = kv_cache.key.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1).unsqueeze(0)
+    value = kv_cache.value.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1).unsqueeze(0)
+    attended = F.scaled_dot_product_attention(
+        query[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0),
+        key,
+        value,
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None and chunk.end - chunk.start > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != kv_cache.key.shape[2],
+    )
+    output[chunk.start : chunk.end] = attended.squeeze(0).transpose(0, 1)
+
+
+def _move_blocks(sources: Sequence[KVCache], targets: Sequence[KVCache], moves: Sequence[Move]) -> None:
+    if not moves:
+        return
+    source_ids = torch.tensor([move.source for move in moves], dtype=torch.int64)
+    target_ids = torch.tensor([move.target for move in moves], dtype=torch.int64)
+    for source, target in zip(sources, targets, strict=True):
+        for here, there in ((source.key, target.key), (source.value, target.value)):
+            blocks = here.index_select(0, source_ids.to(here.device))
+            there.index_copy_(0, target_ids.to(there.device), blocks.to(there.device))

@@ -1,0 +1,1 @@
+"""Native and Triton kernels, each beside a plain-torch function that defines the right answer."""

@@ -1,0 +1,1 @@
+"""Building blocks that every architecture shares: linear, attention, rotary, norm, embedding, activation."""

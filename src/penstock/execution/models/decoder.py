@@ -1,0 +1,105 @@
+"""What the decoder-only architectures share: the stack of layers between embedding and output head.
+
+An architecture's own file says what its attention looks like and, where it differs, its layer; see llama.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from penstock.execution.layers.embedding import LMHead, VocabEmbedding
+from penstock.execution.layers.linear import Linear
+from penstock.execution.layers.norm import RMSNorm
+from penstock.execution.layers.options import LayerOptions
+from penstock.execution.layers.rotary import RotaryEmbedding
+from penstock.execution.models.config import ModelConfig
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer. Names of the parts are those of the checkpoints."""
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, options: LayerOptions) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
+        self.mlp = mlp
+
+    def forward(self, residual: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Add this layer's contribution to `residual` [T, hidden_size], in place."""
+        residual.add_(self.self_attn(self.input_layernorm(residual), cos, sin))
+        residual.add_(self.mlp(self.post_attention_layernorm(residual)))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        make_layer: Callable[[ModelConfig, int, LayerOptions], nn.Module],
+        options: LayerOptions,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, options)
+        self.layers = nn.ModuleList(make_layer(config, index, options) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, options.dtype, options.device)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = self.rotary(positions)
+        residual: Tensor = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            layer(residual, cos, sin)
+        hidden: Tensor = self.norm(residual)
+        return hidden
+
+
+class CausalLM(nn.Module):
+    """A decoder with an output head.
+
+    `packed_modules`: for each module of a checkpoint that is a part of one of ours, which one and as which shard.
+    """
+
+    packed_modules: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"),
+        "up_proj": ("gate_up_proj", "up"),
+    }
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        make_layer: Callable[[ModelConfig, int, LayerOptions], nn.Module],
+        options: LayerOptions,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, make_layer, options)
+        self.lm_head = LMHead(
+            config.vocab_size,
+            config.hidden_size,
+            options,
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+        )
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions int64 [T] → hidden states [T, hidden_size]. Needs a forward context."""
+        hidden: Tensor = self.model(input_ids, positions)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def finish_loading(self) -> None:
+        """Put the loaded weights into the layouts that this device computes with, one layer at a time."""
+        for module in self.modules():
+            if isinstance(module, Linear | LMHead):
+                module.finish_loading()

@@ -1,0 +1,51 @@
+"""Qwen3, dense (Qwen team, 2025, arXiv:2505.09388): every query and key head is normalised before it is rotated."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from penstock.execution.layers.attention import Attention
+from penstock.execution.layers.linear import QKVParallelLinear, RowParallelLinear
+from penstock.execution.layers.mlp import GatedMLP
+from penstock.execution.layers.norm import RMSNorm
+from penstock.execution.layers.options import LayerOptions
+from penstock.execution.layers.rotary import apply_rotary
+from penstock.execution.models.config import ModelConfig
+from penstock.execution.models.decoder import CausalLM, DecoderLayer
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention with normalised heads. The head size is independent of the hidden size."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, options: LayerOptions) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        bias = config.attention_bias
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, bias=bias, options=options
+        )
+        self.o_proj = RowParallelLinear(self.num_heads * self.head_dim, config.hidden_size, bias=bias, options=options)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, options)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, options)
+        self.attn = Attention(
+            layer_index, self.head_dim, sliding_window=config.sliding_windows[layer_index], options=options
+        )
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 * KVH, D]
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query = apply_rotary(self.q_norm(query), cos, sin)
+        key = apply_rotary(self.k_norm(key), cos, sin)
+        output: Tensor = self.o_proj(self.attn(query, key, value))
+        return output
+
+
+def make_qwen3_layer(config: ModelConfig, layer_index: int, options: LayerOptions) -> DecoderLayer:
+    attention = Qwen3Attention(config, layer_index, options)
+    mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, options=options)
+    return DecoderLayer(config, attention, mlp, options)
+
+
+class Qwen3ForCausalLM(CausalLM):
+    def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
+        super().__init__(config, make_qwen3_layer, options)

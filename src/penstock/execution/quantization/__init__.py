@@ -1,0 +1,1 @@
+"""Weight formats other than plain floating point: one file per format."""

@@ -1,0 +1,154 @@
+"""How many KV blocks there are.
+
+    free memory before the weights ┤ share that is ours (memory_utilization) ├ the rest of the machine
+                                   [ weights | activations of a full step | KV cache ]
+
+or --kv-cache-gib, which is taken as it is. Never more than KV_CAP_FACTOR times what max_num_seqs requests of full length need: those
+can all run at once, and as much again holds prefixes for reuse; more would only be touched by a cache that is never asked for.
+On a CPU the memory is reserved but not touched until a block is used, so the process grows with its load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from penstock.core.config import EngineConfig
+from penstock.core.errors import ConfigError
+from penstock.execution.attention.backend import AttentionBackend, KVCache
+from penstock.execution.models.config import ModelConfig
+
+GIB = 2**30
+KV_CAP_FACTOR = 2
+# A cache that cannot hold one request of this many tokens (or of the model's whole context, if that is shorter) serves nobody.
+MIN_REQUEST_TOKENS = 64
+# cgroup v2 and v1: limit and usage of this process's container.
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """Blocks to allocate on the device and in the host tier, and the size of one across all layers."""
+
+    num_blocks: int
+    num_host_blocks: int
+    bytes_per_block: int
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now; on a CPU within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes of main memory that this process can still take, without page cache counted as used."""
+    free = int(psutil.virtual_memory().available)
+    for limit_file, usage_file, stat_file in _CGROUP_FILES:
+        limit = Path(limit_file)
+        if not limit.is_file():
+            continue
+        text = limit.read_text().strip()
+        if text != "max":
+            used = int(Path(usage_file).read_text()) - _reclaimable(Path(stat_file))
+            free = min(free, max(0, int(text) - used))
+        break
+    return free
+
+
+def _reclaimable(stat_file: Path) -> int:
+    for line in stat_file.read_text().splitlines():
+        name, value = line.split()
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def activation_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    """An upper estimate of what one full step takes beside weights and cache.
+
+    Per token: the residual and its normalised copy, query, key, value and attention output, the two halves and the product of the MLP, and
+    as much again for what an operator holds while it works. Per request: three float32 rows of the vocabulary.
+    """
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = 2 * (3 * model.hidden_size + heads + 3 * model.intermediate_size) * dtype.itemsize
+    per_request = 3 * model.vocab_size * 4
+    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_request
+
+
+def plan_kv_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    *,
+    free_bytes: int,
+    weight_bytes: int,
+    free_host_bytes: int,
+) -> KVPlan:
+    """Size the cache. `config` is resolved. `free_bytes`: free on the device before the weights were loaded; `free_host_bytes`: free in
+    main memory now. Raises ConfigError when no useful request fits, or the host tier does not."""
+    block_size = config.block_size
+    bytes_per_block = model.num_layers * backend.bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
+    blocks_per_request = -(-config.max_model_len // block_size)
+    wanted = -(-min(config.max_model_len, MIN_REQUEST_TOKENS) // block_size)
+    if config.kv_cache_gib:
+        room = int(config.kv_cache_gib * GIB)
+        fix = f"raise --kv-cache-gib to at least {_gib_up(wanted * bytes_per_block)}"
+        if room > free_bytes - weight_bytes:
+            raise ConfigError(
+                f"--kv-cache-gib {config.kv_cache_gib:g} is {_mib(room)} but {_mib(max(0, free_bytes - weight_bytes))} are free "
+                "beside the weights; lower it."
+            )
+    else:
+        share = int(config.memory_utilization * free_bytes)
+        room = share - weight_bytes - activation_bytes(config, model, dtype)
+        fix = "raise --memory-utilization, lower --max-num-batched-tokens, or take a smaller model"
+    num_blocks = min(room // bytes_per_block, KV_CAP_FACTOR * config.max_num_seqs * blocks_per_request)
+    if num_blocks < wanted:
+        raise ConfigError(
+            f"The KV cache needs at least {_mib(wanted * bytes_per_block)} for one request but has {_mib(max(0, room))}; {fix}."
+        )
+    num_host_blocks = int(config.swap_space_gib * GIB) // bytes_per_block
+    if num_host_blocks * bytes_per_block > free_host_bytes:
+        raise ConfigError(
+            f"--swap-space-gib {config.swap_space_gib:g} is {_mib(num_host_blocks * bytes_per_block)} but "
+            f"{_mib(free_host_bytes)} of main memory are free; lower it."
+        )
+    return KVPlan(num_blocks, num_host_blocks, bytes_per_block)
+
+
+def allocate_kv_caches(
+    plan: KVPlan,
+    config: EngineConfig,
+    model: ModelConfig,
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[list[KVCache], list[KVCache]]:
+    """KV caches of the device and, if there is a host tier, of the host: one per layer each."""
+    shape = (config.block_size, model.num_kv_heads, model.head_dim, dtype, device)
+    device_caches = [backend.allocate_kv_cache(plan.num_blocks, *shape) for _ in range(model.num_layers)]
+    if not plan.num_host_blocks:
+        return device_caches, []
+    return device_caches, [backend.allocate_host_cache(plan.num_host_blocks, *shape) for _ in range(model.num_layers)]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _gib_up(size: int) -> str:
+    """`size` in GiB, rounded up to what reads well and still suffices."""
+    return f"{(size + GIB // 10_000) / GIB:.4f}"

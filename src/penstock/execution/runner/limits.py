@@ -1,0 +1,96 @@
+"""What 'auto' and 0 mean: every setting that depends on the machine or the model, resolved before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from penstock.core.config import DType, EngineConfig
+from penstock.core.errors import ConfigError
+from penstock.execution.models.config import ModelConfig
+
+_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# On a CPU a step of 512 tokens already keeps all cores busy, and a longer one only delays everyone's next token.
+_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+_MEMORY_UTILIZATION = {"cpu": 0.5, "cuda": 0.9}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; 'auto' is the GPU if there is one. Raises ConfigError when there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch.")
+    return torch.device(name)
+
+
+def resolve_limits(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """`config` with device, threads, memory share, token budget, request limit and prefill cap replaced by numbers.
+
+    What depends on the model (dtype, max_model_len) stays; see `resolve_model_limits`.
+    """
+    budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
+    return dataclasses.replace(
+        config,
+        device=device.type,
+        threads=config.threads or usable_cpus(),
+        memory_utilization=config.memory_utilization or _MEMORY_UTILIZATION[device.type],
+        max_num_batched_tokens=budget,
+        max_num_seqs=config.max_num_seqs or _MAX_NUM_SEQS[device.type],
+        max_prefill_tokens_while_decoding=min(budget, config.max_prefill_tokens_while_decoding or max(1, budget // 4)),
+    )
+
+
+def resolve_model_limits(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """`config`, whose device is resolved, with dtype and max_model_len replaced by the model's.
+
+    Raises ConfigError when max_model_len is above what the model was made for.
+    """
+    longest = model.max_model_len
+    if config.max_model_len > longest:
+        raise ConfigError(f"--max-model-len {config.max_model_len} is above this model's {longest} tokens; lower it.")
+    return dataclasses.replace(
+        config,
+        max_model_len=config.max_model_len or longest,
+        dtype=config.dtype if config.dtype != "auto" else _auto_dtype(config.device, model.dtype),
+    )
+
+
+def torch_dtype(name: DType) -> torch.dtype:
+    """The torch type of a resolved `dtype` setting."""
+    return _DTYPES[name]
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use: its affinity mask and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, round(int(limit) / int(period))))
+    return cores
+
+
+def _auto_dtype(device: str, stored: torch.dtype) -> DType:
+    """A GPU computes in the checkpoint's type, a CPU in float32 unless it has units for the checkpoint's bfloat16."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    if device == "cuda":
+        return names[stored]
+    return "bfloat16" if stored is torch.bfloat16 and _cpu_has_bf16_units() else "float32"
+
+
+def _cpu_has_bf16_units() -> bool:
+    """x86: AVX512-BF16 or AMX, as the kernel reports them."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return False
+    for line in info.read_text().splitlines():
+        if line.startswith("flags"):
+            flags = line.split()
+            return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False

@@ -1,0 +1,196 @@
+"""The model runner: executes one step after another on one device.
+
+What belongs here: the order of a step (apply the diff, forward, sample, answer) and nothing else. What each part does lives
+elsewhere: what is remembered of requests and how tensors are built in batch.py; tokens from logits in sampling/; memory in kv_memory.py;
+processes and threads in executors.py. A feature that concerns one model, one backend or one kind of request must not
+add a branch here: hide it behind the model, the backend or the sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.engine.step import BlockMove, RunnerOutput, SchedulerOutput
+from penstock.execution.attention.backend import AttentionBackend, KVCache
+from penstock.execution.attention.context import ForwardContext, forward_context
+from penstock.execution.runner.batch import PersistentBatch, StepInputs
+from penstock.execution.sampling.logprobs import MAX_LOGITS_BYTES, prompt_token_logprobs
+from penstock.execution.sampling.sampler import SampledRows, Sampler
+
+NO_DISTRIBUTION = "The model gave no usable probabilities (NaN, infinite, or every token forbidden by the request)."
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions int64 [T] → hidden states [T, hidden_size], inside a forward context."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]."""
+        ...
+
+
+class ModelRunner:
+    """Runs steps over a model, its KV caches (one per layer; `host_caches` likewise, empty without a host tier) and a persistent batch.
+
+    Not thread-safe: one thread executes all steps.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        kv_caches: list[KVCache],
+        host_caches: list[KVCache],
+        *,
+        batch: PersistentBatch,
+        sampler: Sampler,
+        device: torch.device,
+        max_logits_bytes: int = MAX_LOGITS_BYTES,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._kv_caches = kv_caches
+        self._host_caches = host_caches
+        self._batch = batch
+        self._sampler = sampler
+        self._device = device
+        self._max_logits_bytes = max_logits_bytes
+
+    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+        """Execute a step in the order that engine/step.py gives.
+
+        When it raises, the requests of this step are left out of all steps until the scheduler sends them anew; all others are
+        unaffected. A request that fails alone is in `errors` and left out of later steps in the same way.
+        """
+        try:
+            with torch.inference_mode():
+                return self._execute(step)
+        except BaseException:
+            self._batch.set_broken(step.num_scheduled_tokens)
+            raise
+
+    def _execute(self, step: SchedulerOutput) -> RunnerOutput:
+        self._forget(step)
+        self._move_blocks(step)
+        self._add(step)
+        self._batch.update(step.cached_requests)
+        output = RunnerOutput(step.step_id)
+        inputs = self._batch.build(step.num_scheduled_tokens)
+        if inputs is None:
+            return output
+        with forward_context(ForwardContext(inputs.attention, self._kv_caches)):
+            hidden = self._model(inputs.input_ids, inputs.positions)
+        self._batch.finish_step(inputs)
+        self._add_prompt_logprobs(output, inputs, hidden)
+        if len(inputs.sampling):
+            logits = self._model.compute_logits(hidden[inputs.logit_rows])
+            slots = inputs.slots[inputs.sampling]
+            sampled = self._sampler.sample(logits, slots, inputs.sample_positions)
+            self._take_samples(output, inputs, sampled)
+        return output
+
+    def _forget(self, step: SchedulerOutput) -> None:
+        for keys in (step.finished_keys, step.preempted_keys):
+            for key in keys:
+                slot = self._batch.remove(key)
+                if slot is not None:
+                    self._sampler.remove(slot)
+
+    def _add(self, step: SchedulerOutput) -> None:
+        for new in step.new_requests:
+            slot = self._batch.add(new)
+            tokens = self._batch.token_ids(slot)
+            self._sampler.add(
+                slot,
+                new.sampling,
+                seed=new.seed,
+                sample_index=new.sample_index,
+                prompt=tokens[: new.num_prompt_tokens],
+                output=tokens[new.num_prompt_tokens :],
+            )
+
+    def _move_blocks(self, step: SchedulerOutput) -> None:
+        if step.swap_outs:
+            self._backend.swap_out(self._kv_caches, self._host_caches, step.swap_outs)
+        if step.swap_ins:
+            self._backend.swap_in(self._kv_caches, self._host_caches, step.swap_ins)
+        if step.block_copies:
+            source, target = _block_ids(step.block_copies, self._device)
+            self._backend.copy_blocks(self._kv_caches, source, target)
+
+    def _take_samples(self, output: RunnerOutput, inputs: StepInputs, sampled: SampledRows) -> None:
+        """Append the sampled tokens to the batch and to `output`."""
+        keys = [inputs.keys[row] for row in inputs.sampling.tolist()]
+        slots = inputs.slots[inputs.sampling]
+        token_ids = sampled.token_ids.cpu().numpy()
+        failed = sampled.failed.cpu().numpy()
+        if failed.any():
+            for row in np.flatnonzero(failed).tolist():
+                output.errors[keys[row]] = NO_DISTRIBUTION
+                output.prompt_logprobs.pop(keys[row], None)
+            self._batch.set_broken(output.errors)
+            self._batch.append(slots[~failed], token_ids[~failed])
+        else:
+            self._batch.append(slots, token_ids)
+        output.sampled_token_ids = {
+            key: [token_id] for key, token_id in zip(keys, token_ids.tolist(), strict=True) if key not in output.errors
+        }
+        if sampled.logprobs is not None:
+            entries = sampled.logprobs.to_structs(sampled.num_top)
+            for row, entry in zip(sampled.logprob_rows.tolist(), entries, strict=True):
+                if keys[row] not in output.errors:
+                    output.logprobs[keys[row]] = [entry]
+
+    def _add_prompt_logprobs(self, output: RunnerOutput, inputs: StepInputs, hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens that this step's hidden states predict.
+
+        The hidden state of position p - 1 predicts the token at p, so a chunk of positions [start, end) has the entries for
+        [start + 1, end + 1), as far as they are prompt tokens; the chunk before it had the one for `start`.
+        """
+        spans: list[tuple[str, int, int]] = []
+        rows: list[torch.Tensor] = []
+        targets: list[np.ndarray[tuple[int], np.dtype[np.int32]]] = []
+        num_top: list[int] = []
+        for row in np.flatnonzero(self._batch.wants_prompt_logprobs[inputs.slots]).tolist():
+            key = inputs.keys[row]
+            request = self._batch.request(key)
+            start = int(inputs.starts[row])
+            first = max(start + 1, request.prompt_logprobs_start, 1)
+            last = min(start + int(inputs.counts[row]) + 1, request.num_prompt_tokens)
+            if first >= last:
+                continue
+            hidden_row = int(inputs.attention.query_start_host[row]) + first - 1 - start
+            spans.append((key, first, last - first))
+            rows.append(torch.arange(hidden_row, hidden_row + last - first))
+            targets.append(self._batch.token_ids(request.slot)[first:last])
+            num_top += [request.sampling.prompt_logprobs or 0] * (last - first)
+        if not spans:
+            return
+        entries = prompt_token_logprobs(
+            hidden,
+            torch.cat(rows).to(self._device),
+            torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self._device),
+            num_top,
+            compute_logits=self._model.compute_logits,
+            vocab_size=self._sampler.vocab_size,
+            max_logits_bytes=self._max_logits_bytes,
+        )
+        done = 0
+        for key, first, count in spans:
+            output.prompt_logprobs[key] = (first, entries[done : done + count])
+            done += count
+
+
+def _block_ids(moves: Sequence[BlockMove], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sources and targets, int64."""
+    pairs = torch.tensor([(move.source, move.target) for move in moves], dtype=torch.int64)
+    source, target = pairs.to(device).unbind(1)
+    return source, target

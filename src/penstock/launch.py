@@ -1,0 +1,272 @@
+"""The composition root: the only place where concrete classes of all wings meet.
+
+penstock serve ─ this process: gateway, frontend, supervisor
+               └ child: `python -m penstock.launch --config … --address … --parent-pid …`: engine, scheduler, model
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from penstock.core.config import EngineConfig, ServerConfig
+from penstock.core.errors import ConfigError, ModelFormatError, PenstockError
+from penstock.core.types import LiveLimits
+
+if TYPE_CHECKING:
+    from penstock.core.transport import EngineEndpoint
+    from penstock.core.types import Hello
+    from penstock.engine.engine import Engine
+    from penstock.serving.cluster.supervisor import EngineSupervisor
+    from penstock.serving.frontend.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+Timeline = list[tuple[str, float]]
+
+# How long a child that cannot start waits for the question that it answers with the reason.
+STARTUP_FAILURE_WAIT_S = 5.0
+
+
+def build_engine(config: EngineConfig, folder: Path, *, progress: bool = False) -> tuple[Engine, Timeline]:
+    """Load the model in `folder` and put an engine around it; with the phases of the start and the seconds of each.
+
+    Raises ConfigError or ModelFormatError with the fix.
+    """
+    started = time.perf_counter()
+    from penstock.engine.engine import Engine
+    from penstock.execution.runner.executors import UniProcessExecutor
+
+    imported = time.perf_counter()
+    try:
+        executor = UniProcessExecutor(config, folder, progress=progress)
+    except MemoryError as error:
+        raise ConfigError(_no_memory(folder)) from error
+    except RuntimeError as error:
+        if "memory" in str(error).lower():
+            raise ConfigError(_no_memory(folder)) from error
+        raise
+    resolved = executor.config
+    engine = Engine(
+        executor,
+        LiveLimits(
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            max_num_seqs=resolved.max_num_seqs,
+            max_prefill_tokens_while_decoding=resolved.max_prefill_tokens_while_decoding,
+        ),
+        policy=resolved.scheduling_policy,
+        prefix_caching=resolved.prefix_caching,
+        max_waiting_requests=resolved.max_waiting_requests,
+    )
+    return engine, [("import", imported - started), *executor.timeline]
+
+
+def _no_memory(folder: Path) -> str:
+    return (
+        f"There is not enough memory for {folder.name}: lower --kv-cache-gib, --max-num-seqs or --max-num-batched-tokens, "
+        "or choose a smaller model."
+    )
+
+
+# ---- the engine's process ----
+
+
+def engine_command(config: EngineConfig, folder: Path, *, log_level: str, log_format: str) -> list[str]:
+    """The command that runs an engine process; the supervisor appends --address and --parent-pid."""
+    settings = json.dumps(dataclasses.asdict(config))
+    command = [sys.executable, "-m", "penstock.launch", "--config", settings, "--folder", str(folder)]
+    return [*command, "--log-level", log_level, "--log-format", log_format]
+
+
+def engine_main(arguments: list[str]) -> int:
+    """Run an engine process until it is told to end. Exit status 0 after that, 1 when it could not start."""
+    options = _parse_engine_arguments(arguments)
+    from penstock.core.log import configure_logging
+    from penstock.core.process import exit_when_parent_dies
+    from penstock.core.transport import ZmqEngineEndpoint
+
+    exit_when_parent_dies(options.parent_pid)
+    configure_logging(options.log_level, options.log_format)
+    endpoint = ZmqEngineEndpoint(options.address)
+    try:
+        try:
+            config = EngineConfig(**json.loads(options.config))
+            engine, timeline = build_engine(config, Path(options.folder), progress=sys.stderr.isatty())
+        except (ConfigError, ModelFormatError) as error:
+            _report_failure(endpoint, error)
+            return 1
+        _run_engine(engine, endpoint, timeline)
+    finally:
+        endpoint.close()
+    return 0
+
+
+def _parse_engine_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m penstock.launch", description="An engine process.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
+    return parser.parse_args(arguments)
+
+
+def _run_engine(engine: Engine, endpoint: EngineEndpoint, timeline: Timeline) -> None:
+    from penstock.engine.process import EngineLoop
+
+    loop = EngineLoop(engine, endpoint, timeline)
+    signal.signal(signal.SIGTERM, lambda signum, frame: loop.stop())
+    try:
+        loop.run()
+    finally:
+        engine.shutdown()
+
+
+def _report_failure(endpoint: EngineEndpoint, error: PenstockError) -> None:
+    """Answer the first client's Connect with the reason."""
+    from penstock.core.types import StartupFailed
+
+    logger.error("the engine cannot start: %s", error)
+    for client, _ in endpoint.receive(STARTUP_FAILURE_WAIT_S):
+        endpoint.send(client, StartupFailed(str(error)))
+
+
+# ---- the server's process ----
+
+
+def serve(engine: EngineConfig, server: ServerConfig) -> int:
+    """Serve until a signal arrives; exit status 0 then, 1 when the engine is gone for good.
+
+    Raises ConfigError or ModelFormatError with the fix when the server cannot start.
+    """
+    from penstock.core.log import configure_logging
+    from penstock.hub import resolve_model
+
+    configure_logging(server.log_level, server.log_format)
+    folder = resolve_model(engine.model, engine.revision)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(engine, server, folder))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
+
+
+async def _serve(engine: EngineConfig, server: ServerConfig, folder: Path) -> int:
+    started = time.perf_counter()
+    from penstock.core.transport import SocketDirectory
+    from penstock.serving.cluster.supervisor import EngineSupervisor
+
+    stop = asyncio.Event()
+    failure: list[str] = []
+
+    def on_gone(reason: str) -> None:
+        failure.append(reason)
+        client.add_done_callback(lambda future: future.result().engine_gone(reason))
+        stop.set()
+
+    # The engine starts first and imports torch while this process imports the web stack, so its callbacks wait for the client.
+    client: asyncio.Future[AsyncEngine] = asyncio.get_running_loop().create_future()
+    sockets = SocketDirectory()
+    supervisor = EngineSupervisor(
+        engine_command(engine, folder, log_level=server.log_level, log_format=server.log_format),
+        new_address=sockets.new_address,
+        on_ready=lambda endpoint, hello: client.add_done_callback(lambda f: f.result().engine_ready(endpoint, hello)),
+        on_lost=lambda reason: client.add_done_callback(lambda f: f.result().engine_lost(reason)),
+        on_gone=on_gone,
+        finished_requests=lambda: client.result().finished_requests if client.done() else 0,
+        max_restarts=server.max_restarts,
+    )
+    starting = asyncio.create_task(supervisor.start())
+    try:
+        await asyncio.sleep(0)
+        client.set_result(await asyncio.to_thread(_make_client, folder, server, supervisor))
+        await _serve_client(client.result(), starting, _StartUp(engine, server, started), stop)
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        if client.done():
+            await client.result().close()
+        await supervisor.stop()
+        sockets.close()
+    if failure:
+        logger.error("the engine is gone for good: %s", failure[0])
+        return 1
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _StartUp:
+    """What the start-up report is about. `started`: time.perf_counter() at the beginning."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    started: float
+
+
+def _make_client(folder: Path, server: ServerConfig, supervisor: EngineSupervisor) -> AsyncEngine:
+    """The frontend, and with it the web stack's imports."""
+    import penstock.serving.gateway.app  # noqa: F401
+    from penstock.serving.frontend.async_engine import AsyncEngine
+    from penstock.serving.frontend.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer is not None:
+        tokenizer.warm_up()
+    return AsyncEngine(
+        tokenizer,
+        hang_timeout_s=server.hang_timeout_s,
+        on_hang=supervisor.kill,
+    )
+
+
+async def _serve_client(
+    client: AsyncEngine, starting: asyncio.Task[Hello], about: _StartUp, stop: asyncio.Event
+) -> None:
+    """Bind the port, answer health checks while the engine loads, then serve until `stop` or a signal."""
+    from penstock import __version__
+    from penstock.cli.startup_report import startup_report
+    from penstock.serving.gateway.app import create_app
+    from penstock.serving.gateway.server import bind_socket, url_of
+    from penstock.serving.gateway.server import serve as serve_app
+
+    server = about.server
+    name = server.served_model_name or model_name(about.engine.model)
+    sock = bind_socket(server)
+    app = create_app({name: client}, server, version=__version__)
+    serving = asyncio.create_task(serve_app(app, server, sock=sock, stop=stop))
+    try:
+        await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            hello = starting.result()
+            seconds = time.perf_counter() - about.started
+            print(startup_report(about.engine, server, hello, name, url_of(sock), seconds), flush=True)  # noqa: T201
+    finally:
+        if starting.done() and not starting.cancelled() and starting.exception() is not None:
+            stop.set()
+        await serving
+
+
+def model_name(model: str) -> str:
+    """What a model is called in the API when nothing else is said: a folder's own name, a hub name as it is."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+if __name__ == "__main__":
+    sys.exit(engine_main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Reads and decodes a request body: strict JSON, an object, text that every part of the system can hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from penstock.core.errors import AbortedError, InvalidRequestError
+
+_MAX_TYPE_SHOWN = 64
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises InvalidRequestError, and AbortedError when the client leaves while sending.
+
+    The size limit is the middleware's. The content type must be JSON: other types are what a foreign web page can send to a server on
+    this machine without the browser asking first.
+    """
+    _check_headers(request)
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise AbortedError("The client went away.") from None
+    return decode_object(raw)
+
+
+def decode_object(raw: bytes) -> dict[str, Any]:
+    """Decode strict JSON (RFC 8259: no NaN, no lone surrogates, nothing after the value; bounded depth)."""
+    try:
+        data = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise _invalid(f"The body is not valid JSON: {error}.") from None
+    except UnicodeDecodeError:
+        raise _invalid("The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise _invalid("The body is nested too deeply.") from None
+    if not isinstance(data, dict):
+        raise _invalid("The body must be a JSON object.")
+    if b"\\u0000" in raw:
+        _refuse_nul(data)
+    return data
+
+
+def _check_headers(request: Request) -> None:
+    content_types = request.headers.getlist("content-type")
+    if len(content_types) > 1:
+        raise _invalid("There is more than one Content-Type header.")
+    media_type, _, parameters = (content_types[0] if content_types else "").partition(";")
+    if media_type.strip().lower() != "application/json":
+        raise _invalid("Content-Type must be application/json.")
+    charset = parameters.strip().lower().replace('"', "")
+    if charset.startswith("charset=") and charset not in ("charset=utf-8", "charset=utf8"):
+        raise _invalid("The body must be UTF-8.")
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise _invalid(f"Content-Encoding {encoding[:_MAX_TYPE_SHOWN]!r} is not supported; send the body plain.")
+
+
+def _refuse_nul(data: dict[str, Any]) -> None:
+    """NUL ends text in too many places (C libraries, databases) to let it in. Iterative: the depth is the client's choice."""
+    for name, value in data.items():
+        stack: list[Any] = [name, value]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, str):
+                if "\0" in item:
+                    raise InvalidRequestError(
+                        "Text must not contain NUL (\\u0000).", param=name if "\0" not in name else None
+                    )
+            elif isinstance(item, list):
+                stack.extend(item)
+            elif isinstance(item, dict):
+                stack.extend(item.keys())
+                stack.extend(item.values())
+
+
+def _invalid(message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, code="invalid_body")

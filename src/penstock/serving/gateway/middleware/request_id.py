@@ -1,0 +1,45 @@
+"""X-Request-Id: the client's if it is printable ASCII of at most 128 characters, ours otherwise; returned, and in every log line.
+
+It is a label for people. Nothing inside uses it as a key.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from penstock.core.log import request_id_scope
+
+HEADER = b"x-request-id"
+_ACCEPTED = re.compile(rb"[!-~]{1,128}")
+
+
+class RequestIdMiddleware:
+    """Sets the request id of everything that happens inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = choose_request_id(scope["headers"])
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (HEADER, request_id.encode())]
+            await send(message)
+
+        with request_id_scope(request_id):
+            await self.app(scope, receive, send_with_id)
+
+
+def choose_request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's id if there is exactly one and it is acceptable, else a new one."""
+    given = [value for name, value in headers if name == HEADER]
+    if len(given) == 1 and _ACCEPTED.fullmatch(given[0]):
+        return given[0].decode("ascii")
+    return "req_" + secrets.token_hex(16)

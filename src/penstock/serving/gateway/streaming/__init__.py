@@ -1,0 +1,1 @@
+"""From deltas of an engine to bytes on a connection: merging, server-sent events, disconnects."""

@@ -1,0 +1,75 @@
+"""Flags, environment variables and the configuration page all come from the configuration classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Invoke
+
+from penstock.cli.options import sections_of, setting_options
+from penstock.cli.reference import configuration_page
+from penstock.core.config import EngineConfig, ServerConfig, flag_name
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
+    """What `penstock serve` would have served."""
+    calls: list[tuple[EngineConfig, ServerConfig]] = []
+
+    def serve(engine: EngineConfig, server: ServerConfig) -> int:
+        calls.append((engine, server))
+        return 0
+
+    module = types.ModuleType("penstock.launch")
+    module.serve = serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "penstock.launch", module)
+    return calls
+
+
+Served = list[tuple[EngineConfig, ServerConfig]]
+
+
+def test_defaults_are_those_of_the_classes(invoke: Invoke, served: Served, model_folder: str) -> None:
+    assert invoke("serve", model_folder).code == 0
+    assert served == [(EngineConfig(model=model_folder), ServerConfig())]
+
+
+def test_flags_of_every_type(invoke: Invoke, served: Served, model_folder: str) -> None:
+    flags = "--port 0 --dtype bfloat16 --kv-cache-gib 0.25 --no-prefix-caching --served-model-name tiny"
+    assert invoke("serve", model_folder, *flags.split()).code == 0
+    engine, server = served[0]
+    assert engine == EngineConfig(model=model_folder, dtype="bfloat16", kv_cache_gib=0.25, prefix_caching=False)
+    assert server == ServerConfig(port=0, served_model_name="tiny")
+
+
+def test_environment_is_below_flags_and_above_defaults(
+    invoke: Invoke, served: Served, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_MODEL", model_folder)
+    monkeypatch.setenv("PENSTOCK_PORT", "9000")
+    monkeypatch.setenv("PENSTOCK_MAX_NUM_SEQS", "4")
+    monkeypatch.setenv("PENSTOCK_PREFIX_CACHING", "0")
+    assert invoke("serve", "--max-num-seqs", "8").code == 0
+    engine, server = served[0]
+    assert engine == EngineConfig(model=model_folder, max_num_seqs=8, prefix_caching=False)
+    assert server.port == 9000
+
+
+@pytest.mark.parametrize("config_class", [EngineConfig, ServerConfig])
+def test_every_field_has_one_flag_in_one_section(config_class: type[EngineConfig] | type[ServerConfig]) -> None:
+    fields = [field.name for field in dataclasses.fields(config_class) if field.name != "model"]
+    options = {option.name: option for option in setting_options(config_class)}
+    assert sorted(options) == sorted(fields)
+    assert sorted(name for names in sections_of(config_class).values() for name in names) == sorted(fields)
+    assert all(flag_name(name) in option.opts for name, option in options.items())
+    assert all(option.help for option in options.values())
+
+
+def test_configuration_page_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == configuration_page(), "run `make docs`"
