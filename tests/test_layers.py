@@ -48,7 +48,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "workbench": ("llm",),
     "workbench.planner": ("llm", "engine"),
     # What the fakes and builders stand in for.
-    "testing": ("telemetry", "engine", "execution", "serving.frontend.client"),
+    "testing": ("telemetry", "engine", "execution", "serving"),
     "hub": (),
     "launch": (ANYTHING,),
     "llm": (ANYTHING,),
@@ -62,9 +62,9 @@ TORCH_FREE = ("core", "telemetry", "engine", "serving", "hub")
 # Packages that only these rooms may import, even inside a function.
 RESTRICTED = {
     "transformers": ("cli", "workbench", "testing"),
-    "fastapi": ("serving.gateway", "launch"),
-    "starlette": ("serving.gateway", "launch"),
-    "uvicorn": ("serving.gateway", "launch"),
+    "fastapi": ("serving.gateway", "launch", "testing"),
+    "starlette": ("serving.gateway", "launch", "testing"),
+    "uvicorn": ("serving.gateway", "launch", "testing"),
     "prometheus_client": ("telemetry", "serving.gateway", "launch"),
     "zmq": ("core.transport",),
     "click": ("cli", "workbench"),
@@ -72,11 +72,11 @@ RESTRICTED = {
 # Packages that are not installed with the engine: outside these rooms they are imported only inside functions.
 LAZY = {
     "zmq": (),
-    "fastapi": ("serving.gateway",),
-    "starlette": ("serving.gateway",),
-    "uvicorn": ("serving.gateway",),
+    "fastapi": ("serving.gateway", "testing"),
+    "starlette": ("serving.gateway", "testing"),
+    "uvicorn": ("serving.gateway", "testing"),
     "prometheus_client": ("serving.gateway",),
-    "httpx": ("workbench", "serving.cluster"),
+    "httpx": ("workbench", "serving.cluster", "testing"),
     "transformers": (),
 }
 

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from tests.cli.conftest import Invoke
 from tests.hub.fake_hub import FakeHub
 
 from penstock.cli import checks, packages
 from penstock.cli.checks import Check
+from penstock.core.config import EngineConfig
 from penstock.testing.checkpoints import write_tiny_checkpoint
 
 
@@ -76,11 +78,14 @@ def test_verify_sees_a_difference(invoke: Invoke, tmp_path: Path, monkeypatch: p
     save_file(weights, ours / "model.safetensors", metadata={"format": "pt"})
 
     from penstock.cli import comparison
+    from penstock.execution.models.registry import LoadedModel, load_model
 
-    load_model = comparison.load_model
-    monkeypatch.setattr(
-        comparison, "load_model", lambda config, _folder, *rest, **more: load_model(config, ours, *rest, **more)
-    )
+    def load_ours(
+        config: EngineConfig, _folder: Path, device: torch.device, dtype: torch.dtype, progress: bool
+    ) -> LoadedModel:
+        return load_model(config, ours, device, dtype, progress)
+
+    monkeypatch.setattr(comparison, "load_model", load_ours)
     result = invoke("verify", str(reference), "--prompts", "2", "--tokens", "8")
     assert result.code == 1
     assert "differs" in result.out

@@ -58,7 +58,12 @@ def test_json_lines_are_objects(stream: io.StringIO) -> None:
     entry = json.loads(stream.getvalue())
     assert stream.getvalue().count("\n") == 1
     assert entry["message"] == "a\nb"
-    assert (entry["level"], entry["logger"], entry["request_id"], entry["status"]) == ("debug", "penstock.x", "abc", 200)
+    assert (entry["level"], entry["logger"], entry["request_id"], entry["status"]) == (
+        "debug",
+        "penstock.x",
+        "abc",
+        200,
+    )
 
 
 def test_json_lines_carry_the_traceback(stream: io.StringIO) -> None:

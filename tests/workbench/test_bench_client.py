@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from typing import Any
 
@@ -11,8 +12,9 @@ from tests.workbench.fake_openai import Failure, FakeOpenAI
 from penstock.core.errors import ConfigError
 from penstock.workbench.bench.arrival import ClosedLoop, OpenLoop
 from penstock.workbench.bench.client import Client, Target
+from penstock.workbench.bench.http import Response
 from penstock.workbench.bench.load import BenchmarkError, run_load
-from penstock.workbench.bench.record import RequestRecord
+from penstock.workbench.bench.record import RequestRecord, read_events
 from penstock.workbench.bench.workload import BenchRequest, Lengths, Workload
 
 REQUEST = BenchRequest(index=3, prompt=[300, 301, 302], prompt_tokens=3, max_tokens=6)
@@ -93,7 +95,7 @@ async def test_what_is_sent() -> None:
     [
         ("status", "http_503", "no room", 0),
         ("stream_error", "stream_error", "engine_dead", 6),
-        ("cut", "disconnected", "mid-response", 0),
+        ("cut", "disconnected", "mid-response", 3),
         ("not_http", "bad_response", "Not an HTTP", 0),
         ("no_done", "disconnected", "[DONE]", 6),
     ],
@@ -103,6 +105,27 @@ async def test_failures_by_kind(failure: Failure, kind: str, detail: str, tokens
         record = await ask(server)
     assert (record.error, record.output_tokens) == (kind, tokens)
     assert detail in record.detail
+
+
+async def test_a_stream_without_tokens_is_a_failure() -> None:
+    with FakeOpenAI(text="", usage="none") as server:
+        assert (await ask(server)).error == "no_tokens"
+
+
+async def test_a_caller_can_watch_a_stream_and_leave_it() -> None:
+    response = Response()
+    with FakeOpenAI(gap_s=0.005) as server:
+        async with Client(Target(url=server.url, model="m")) as client:
+            endless = BenchRequest(index=0, prompt=[300], prompt_tokens=1, max_tokens=10_000)
+            stream = asyncio.create_task(client.send(endless, 0.0, response=response))
+            while len(response.events) < 3:  # noqa: ASYNC110 - the response has no event to wait for
+                await asyncio.sleep(0.001)
+            stream.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stream
+    seen = read_events(response)
+    assert [count for _, count in seen.arrivals] == [1] * len(response.events)
+    assert seen.total == len(response.events) < 10_000
 
 
 async def test_a_silent_server_times_out() -> None:

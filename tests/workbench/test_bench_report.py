@@ -18,9 +18,11 @@ from penstock.core.errors import ConfigError
 from penstock.core.types import SamplingParams
 from penstock.workbench.bench.cli import bench
 from penstock.workbench.bench.load import BenchmarkError
+from penstock.workbench.bench.offline import run_batch
 from penstock.workbench.bench.report import OfflineReport, ServeReport, StartupReport, align, markdown_table
 from penstock.workbench.bench.server import ServerProcess
 from penstock.workbench.bench.startup import measure_startup
+from penstock.workbench.bench.workload import Lengths, Workload
 
 SMALL = ["--input-tokens", "8", "--output-tokens", "3", "--requests", "6", "--prompt-seed", "1"]
 
@@ -103,6 +105,8 @@ class FakeSample:
 @dataclass(frozen=True)
 class FakeOutput:
     outputs: list[FakeSample]
+    num_cached_tokens: int = 0
+    error: Exception | None = None
 
 
 class FakeLLM:
@@ -136,6 +140,16 @@ def test_offline_measures_prefill_and_whole_generations(tmp_path: Path, monkeypa
     assert all((params.max_tokens, params.min_tokens, params.ignore_eos) == (3, 3, True) for params in whole[1])
     assert len({tuple(prompt) for prompts, _ in FakeLLM.calls for prompt in prompts}) == 13
     assert "prefill" in result.output
+
+
+def test_offline_run_with_a_failed_request_is_not_a_figure() -> None:
+    class Failing(FakeLLM):
+        def generate(self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]) -> list[FakeOutput]:
+            return [FakeOutput([]), FakeOutput([], error=RuntimeError("too long"))]
+
+    requests = Workload(input_lengths=Lengths(2, 2), output_lengths=Lengths(1, 1), seed=1).requests(2)
+    with pytest.raises(BenchmarkError, match="1 of 2 requests failed: too long"):
+        run_batch(Failing(), requests)
 
 
 READY_SERVER = """

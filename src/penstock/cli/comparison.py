@@ -69,7 +69,9 @@ def make_prompts(count: int, vocab_size: int, longest: int) -> list[list[int]]:
 def reference_results(folder: Path, prompts: list[list[int]], num_tokens: int) -> list[Reference]:
     """Prompt by prompt through transformers, with its own cache."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.inference_mode():
         return [_reference_result(model, prompt, num_tokens) for prompt in prompts]

@@ -13,7 +13,7 @@ import asyncio
 import codecs
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from penstock.core.errors import (
@@ -133,8 +133,8 @@ class FakeClient:
                     raise behavior.error
                 if behavior.hang_after is not None and sent >= behavior.hang_after:
                     await _pause(3600, aborted)
-                delta = stream.pop(0)
-                if not stream:
+                delta = next(stream)
+                if delta.finish_reason is not None:
                     streams.remove(stream)
                 yield delta
                 sent += len(delta.token_ids)
@@ -247,7 +247,7 @@ def _work_out(request: GenerationRequest, prompt_ids: list[int], behavior: Behav
             return _Sample(
                 index, tokens[: position + 1], _text(tokens[:position]), "stop", None if token == EOS else token
             )
-        text = _text(tokens[: position + 1])
+        text = _text(tokens[: position + 1]) if sampling.stop else ""
         for stop in sampling.stop:
             at = text.find(stop)
             if at >= 0:
@@ -258,12 +258,11 @@ def _work_out(request: GenerationRequest, prompt_ids: list[int], behavior: Behav
 
 def _sample_deltas(
     request: GenerationRequest, prompt_ids: list[int], behavior: Behavior, sample: _Sample
-) -> list[Delta]:
+) -> Iterator[Delta]:
     """The deltas of one sample; text is held back until it is whole UTF-8 and no part of a stop string."""
     sampling = request.sampling
     size = max(1, behavior.tokens_per_delta)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    deltas: list[Delta] = []
     sent = decoded = 0
     for start in range(0, max(1, len(sample.token_ids)), size):
         tokens = sample.token_ids[start : start + size]
@@ -271,27 +270,22 @@ def _sample_deltas(
         decoded += len(decoder.decode(bytes(token for token in tokens if token < BOS)))
         upto = len(sample.text) if last else min(decoded, len(sample.text))
         first = start == 0 and sample.index == 0
-        deltas.append(
-            Delta(
-                index=sample.index,
-                text=sample.text[sent:upto],
-                token_ids=tokens,
-                offset=start,
-                num_output_tokens=start + len(tokens),
-                num_prompt_tokens=len(prompt_ids),
-                num_cached_tokens=behavior.num_cached_tokens,
-                logprobs=None
-                if sampling.logprobs is None
-                else [_logprob(token, sampling.logprobs) for token in tokens],
-                prompt_token_ids=prompt_ids if first else None,
-                prompt_logprobs=_prompt_logprobs(prompt_ids, sampling.prompt_logprobs) if first else None,
-                finish_reason=(behavior.finish_reason or sample.finish_reason) if last else None,
-                stop_reason=sample.stop_reason if last else None,
-                queue_time_s=0.001 if start == 0 else None,
-            )
+        yield Delta(
+            index=sample.index,
+            text=sample.text[sent:upto],
+            token_ids=tokens,
+            offset=start,
+            num_output_tokens=start + len(tokens),
+            num_prompt_tokens=len(prompt_ids),
+            num_cached_tokens=behavior.num_cached_tokens,
+            logprobs=None if sampling.logprobs is None else [_logprob(token, sampling.logprobs) for token in tokens],
+            prompt_token_ids=prompt_ids if first else None,
+            prompt_logprobs=_prompt_logprobs(prompt_ids, sampling.prompt_logprobs) if first else None,
+            finish_reason=(behavior.finish_reason or sample.finish_reason) if last else None,
+            stop_reason=sample.stop_reason if last else None,
+            queue_time_s=0.001 if start == 0 else None,
         )
         sent = upto
-    return deltas
 
 
 def _prompt_logprobs(prompt_ids: list[int], top: int | None) -> list[TokenLogprob] | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
+from penstock.execution.attention import torch_paged
 from penstock.execution.attention.backend import KVCache, get_attention_backend
 from penstock.execution.attention.context import AttentionMetadata
 from penstock.execution.attention.torch_paged import TorchPagedAttention, group_by_length
@@ -181,3 +182,11 @@ def random_cache(num_blocks: int) -> KVCache:
     cache.key.normal_()
     cache.value.normal_()
     return cache
+
+
+def test_long_chunks_are_attended_to_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_paged, "_MAX_CHUNK", 16)
+    for sliding_window in (None, 20):
+        step = make_step([3, 50, 70], [1, 50, 33])
+        actual = TorchPagedAttention().attend(step.query, step.cache, step.metadata, 0.25, sliding_window)
+        torch.testing.assert_close(actual.double(), written_out(step, 0.25, sliding_window), atol=2e-6, rtol=1e-5)

@@ -92,24 +92,45 @@ def test_shards_lie_one_after_the_other() -> None:
         layer.weight.target("gate")
 
 
+@pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_float32(tied: bool, dtype: torch.dtype) -> None:
+def test_logits_of_embeddings(tied: bool, dtype: torch.dtype, stored_as: torch.dtype) -> None:
     options = LayerOptions(dtype, CPU, OPTIONS.attention_backend)
     embedding = VocabEmbedding(2048, 512, options)
-    embedding.weight.data.normal_(std=0.05)
+    table = torch.randn(2048, 512, generator=torch.Generator().manual_seed(0)).to(stored_as).to(dtype)
     head = LMHead(2048, 512, options, tied_to=embedding if tied else None)
+    assert embedding.weight is not None
     assert head.weight is not None
     assert (head.weight is embedding.weight) is tied
-    head.weight.data.copy_(embedding.weight)
-    head.finish_loading()
-    hidden = embedding(torch.tensor([5, 17, 2047]))
-    logits = head(hidden)
+    embedding.weight.data.copy_(table)
+    head.weight.data.copy_(table)
+    head.finish_loading(embedding, stored_as)
+    embedding.finish_loading()
+
+    token_ids = torch.tensor([5, 17, 2047])
+    assert torch.equal(embedding(token_ids), table[token_ids])
+    logits = head(embedding(token_ids) * 0.05)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(
-        logits, (hidden @ embedding.weight.T).float(), atol=1e-2 if dtype != torch.float32 else 1e-5, rtol=0
-    )
-    assert logits.argmax(-1).tolist() == [5, 17, 2047]
+    torch.testing.assert_close(logits, (table[token_ids] * 0.05 @ table.T).float(), atol=1e-4, rtol=1e-2)
+    assert [*embedding.parameters(), *head.parameters()] == []
+
+
+@needs_packing
+def test_a_tied_head_is_packed_when_the_lookup_table_can_be_small() -> None:
+    def memory(stored_as: torch.dtype, claimed: torch.dtype) -> tuple[int, int]:
+        embedding = VocabEmbedding(9000, 512, OPTIONS)
+        assert embedding.weight is not None
+        embedding.weight.data.copy_(torch.randn(9000, 512).to(stored_as))
+        head = LMHead(9000, 512, OPTIONS, tied_to=embedding)
+        head.finish_loading(embedding, claimed)
+        return embedding.nbytes, head.nbytes
+
+    elements = 9000 * 512
+    assert memory(torch.bfloat16, torch.bfloat16) == (2 * elements, 4 * elements)
+    assert memory(torch.float32, torch.float32) == (4 * elements, 0)
+    # A checkpoint whose numbers are finer than config.json says keeps them.
+    assert memory(torch.float32, torch.bfloat16) == (4 * elements, 0)
 
 
 def test_rms_norm_and_gate_equal_their_formulas() -> None:

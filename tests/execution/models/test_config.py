@@ -187,7 +187,8 @@ def test_wrong_fields_are_named(tmp_path: Path, changes: dict[str, Any], message
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "not valid JSON"), (b"[]", "JSON object"), (b"\xff", "not valid")]
+    ("content", "message"),
+    [(b"{", "not valid JSON"), (b"[" * 200_000, "not valid JSON"), (b"[]", "JSON object"), (b"\xff", "not valid")],
 )
 def test_broken_file(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)

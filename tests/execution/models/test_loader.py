@@ -14,6 +14,7 @@ from torch import Tensor
 from penstock.core.config import EngineConfig
 from penstock.core.errors import ModelFormatError
 from penstock.execution.models.registry import LoadedModel, load_model
+from penstock.execution.models.safetensors_file import read_header
 from penstock.testing.checkpoints import write_tiny_checkpoint
 from penstock.testing.paged_model import PagedModel
 
@@ -136,6 +137,7 @@ def test_truncated_file(tmp_path: Path, kept: int) -> None:
         {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]},
         {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [1]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]},
         [],
     ],
@@ -148,7 +150,41 @@ def test_malformed_header_entry(tmp_path: Path, entry: object) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"not json", b"[]", b"\xff\xfe\xfd"])
+@pytest.mark.parametrize(
+    ("offsets", "size", "message"),
+    [
+        ([(0, 4), (4, 8)], 6, r"is truncated: 6 of 8 bytes"),
+        ([(0, 4), (4, 8)], 9, r"has 1 bytes after its last tensor"),
+        ([(0, 4), (0, 4)], 4, r"tensor 'b' does not begin where"),
+        ([(0, 4), (5, 9)], 9, r"tensor 'b' does not begin where"),
+    ],
+)
+def test_header_that_does_not_fit_the_file(
+    tmp_path: Path, offsets: list[tuple[int, int]], size: int, message: str
+) -> None:
+    entries = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": span} for name, span in zip("ab", offsets, strict=True)
+    }
+    header = json.dumps(entries).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(ModelFormatError, match=message):
+        read_header(file)
+
+
+def test_unreadable_metadata(tmp_path: Path) -> None:
+    """A header that agrees with the file but that the safetensors library refuses."""
+    file = write_tiny_checkpoint(tmp_path) / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": {"format": 3}}
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    with pytest.raises(ModelFormatError, match=r"model\.safetensors is no safetensors file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"not json", b"[" * 200_000, b"[]", b"\xff\xfe\xfd"])
 def test_header_that_is_no_object(tmp_path: Path, header: bytes) -> None:
     write_tiny_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)

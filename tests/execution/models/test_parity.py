@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-sharded": {"num_shards": 3},
     "llama-bfloat16": {"dtype": "bfloat16"},
     "llama-float16": {"dtype": "float16"},
+    "llama-packed-weights": {"vocab_size": 4352, "intermediate_size": 4352},
+    "llama-packed-tied-head": {"vocab_size": 4352, "tie_word_embeddings": True, "dtype": "bfloat16"},
     "mistral": {"model_type": "mistral"},
     "mistral-window": {"model_type": "mistral", "sliding_window": 20},
     "qwen2": {"model_type": "qwen2"},

@@ -394,8 +394,8 @@ async def test_drain_aborts_what_is_not_done_in_time() -> None:
 async def test_a_hung_engine_is_reported_once_and_turns_readiness_off() -> None:
     reports: list[str] = []
     options = FakeEngineOptions(hang_token=9, fault_after=2)
-    async with running(options, hang_timeout_s=0.15, on_hang=reports.append) as (engine, _):
-        await asyncio.sleep(0.3)
+    async with running(options, hang_timeout_s=0.4, on_hang=reports.append) as (engine, _):
+        await asyncio.sleep(0.6)
         assert engine.health().ready, "an idle engine that answers does not hang"
         reader = asyncio.create_task(collect(engine, make_request(TokensPrompt([9]))))
         await eventually(lambda: bool(reports))
@@ -408,7 +408,7 @@ async def test_a_hung_engine_is_reported_once_and_turns_readiness_off() -> None:
 
 
 async def test_a_silent_idle_engine_hangs_too() -> None:
-    async with running(hang_timeout_s=0.15) as (engine, fake):
+    async with running(hang_timeout_s=0.4) as (engine, fake):
         fake.stop.set()
         await eventually(lambda: not engine.health().ready)
         with pytest.raises(EngineDeadError):

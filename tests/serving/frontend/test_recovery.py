@@ -6,6 +6,7 @@ The engine's side is written by hand here, message by message.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -404,6 +405,25 @@ async def test_an_engine_that_ends_a_request_by_itself_says_retry(engine: AsyncE
     await hand.tokens("r", 0, [], finish="abort")
     error = await reader.error()
     assert (error.status, error.code) == (503, "engine_aborted")
+    await engine.close()
+
+
+async def test_after_a_long_stop_of_this_process_requests_are_submitted_again() -> None:
+    engine = AsyncEngine(None, ping_interval_s=0.01, pause_limit_s=0.3)
+    hand = start(engine)
+    reader = Reader(engine)
+    await settle()
+    await hand.tokens("r", 0, [10])
+    await asyncio.sleep(0.05)
+    assert len(hand.submitted) == 1
+    time.sleep(0.4)  # noqa: ASYNC251  the whole process stands still
+    await asyncio.sleep(0.05)
+    assert hand.sent.index(Abort(["r"])) < hand.sent.index(Submit(hand.submitted[1]))
+    assert (hand.submitted[1].attempt, hand.submitted[1].samples) == (1, [SampleStart(0, [10])])
+    await hand.tokens("r", 1, [], attempt=0, finish="abort")
+    await hand.tokens("r", 1, [11], attempt=1, finish="length")
+    await asyncio.wait_for(reader.task, 2)
+    assert reader.tokens() == [10, 11]
     await engine.close()
 
 

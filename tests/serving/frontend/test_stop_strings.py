@@ -20,7 +20,7 @@ def reference(text: str, stops: list[str], include: bool) -> tuple[str, str | No
     return text, None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=SMALL_TEXT, stops=STOPS, size=st.integers(1, 6), include=st.booleans())
 def test_equals_the_slow_reference(text: str, stops: list[str], size: int, include: bool) -> None:
     checker = StopChecker(stops, include=include)

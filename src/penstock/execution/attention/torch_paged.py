@@ -8,14 +8,16 @@ the query dimension, so that keys and values are not repeated:
 
     query [R, H, D] → [R, KVH, H / KVH, D]     keys [R, longest, KVH, D] → [R, KVH, longest, D]
 
-Padding repeats a slot of the same request. Its weight is exactly zero, and since 0 * NaN is NaN, it must never be
-memory that another request may have filled.
+Padding stands behind the context and repeats a slot of the same request. Its weight is exactly zero, and since 0 * NaN is NaN, it
+must never be memory that another request may have filled.
 
-Prefill chunks: one call per request over its whole context, with a causal mask aligned to the bottom right.
+Prefill chunks: per request, one call for every 1024 query tokens over the context that they see, with a causal mask aligned to
+the bottom right. The bound keeps masks small.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +31,16 @@ from penstock.execution.attention.context import AttentionMetadata
 
 # Contexts up to this many tokens share a batch whatever their lengths: padding them costs less than another call.
 _SMALL_CONTEXT = 64
+
+# Contexts are padded to a multiple of this many tokens. Sums over a context run in vector lanes, and a rest that does not fill the
+# lanes is summed in another order; without a rest, the result is the same to the last bit whatever the padding is.
+_LANES = 16
+
+# Query tokens of one request that are attended to in one call.
+_MAX_CHUNK = 1024
+
+# Bytes; a cache line, and the widest vector.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class TorchPagedAttention:
         device: torch.device,
     ) -> KVCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        return KVCache(_zeroed(shape, dtype, device), _zeroed(shape, dtype, device))
 
     def allocate_host_cache(
         self,
@@ -89,10 +101,11 @@ class TorchPagedAttention:
         device: torch.device,
     ) -> KVCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        pinned = device.type == "cuda"
-        return KVCache(
-            torch.zeros(shape, dtype=dtype, pin_memory=pinned), torch.zeros(shape, dtype=dtype, pin_memory=pinned)
-        )
+        if device.type == "cuda":
+            return KVCache(
+                torch.zeros(shape, dtype=dtype, pin_memory=True), torch.zeros(shape, dtype=dtype, pin_memory=True)
+            )
+        return KVCache(_zeroed(shape, dtype, device), _zeroed(shape, dtype, device))
 
     def bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
@@ -127,6 +140,16 @@ class TorchPagedAttention:
         _move_blocks(host_caches, kv_caches, moves)
 
 
+def _zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed memory. On a CPU the system gives a page when it is first written; torch.zeros would write them all here and now."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+
+
 def make_plan(metadata: AttentionMetadata, block_size: int, sliding_window: int | None, dtype: torch.dtype) -> Plan:
     """Gather lists and masks for a step, from the host's copy of its shape."""
     decodes = [
@@ -134,8 +157,9 @@ def make_plan(metadata: AttentionMetadata, block_size: int, sliding_window: int 
         for rows in group_by_length(_visible_lengths(metadata, sliding_window))
     ]
     prefills = [
-        _plan_prefill(metadata, request, block_size, sliding_window, dtype)
+        chunk
         for request in range(metadata.num_decodes, metadata.num_requests)
+        for chunk in _plan_prefill(metadata, request, block_size, sliding_window, dtype)
     ]
     return Plan(decodes, prefills)
 
@@ -170,43 +194,66 @@ def _plan_decodes(
 ) -> DecodeBatch:
     device = metadata.block_tables.device
     lengths = _visible_lengths(metadata, sliding_window)[rows]
-    longest, shortest = int(lengths.max()), int(lengths.min())
+    longest = -(-int(lengths.max()) // _LANES) * _LANES
     whole = len(rows) == metadata.num_decodes
     row_index = None if whole else torch.from_numpy(rows).to(device)
     seq_lens = metadata.seq_lens[: metadata.num_decodes]
     tables = metadata.block_tables[: metadata.num_decodes]
     if row_index is not None:
         seq_lens, tables = seq_lens[row_index], tables[row_index]
-    last = seq_lens.to(torch.int64).unsqueeze(1) - 1  # [B, 1] position of the query token
-    # Counted backwards from the query token; padding then repeats the request's first visible position.
-    back = torch.arange(longest - 1, -1, -1, device=device)
-    visible = last + 1 if sliding_window is None else (last + 1).clamp(max=sliding_window)
-    positions = last - torch.minimum(back, visible - 1)  # [B, longest]
+    contexts = seq_lens.to(torch.int64).unsqueeze(1)  # [B, 1]
+    visible = contexts if sliding_window is None else contexts.clamp(max=sliding_window)
+    column = torch.arange(longest, device=device)
+    # Padding repeats the newest position, which is the query token's own.
+    positions = contexts - visible + torch.minimum(column, visible - 1)  # [B, longest]
     blocks = tables.gather(1, positions // block_size).to(torch.int64)
     slots = blocks * block_size + positions % block_size
     mask = None
-    if shortest < longest:
-        mask = torch.zeros(slots.shape, dtype=dtype, device=device).masked_fill_(back >= visible, -torch.inf)
+    if int(lengths.min()) < longest:
+        mask = torch.zeros(slots.shape, dtype=dtype, device=device).masked_fill_(column >= visible, -torch.inf)
         mask = mask[:, None, None, :]
     return DecodeBatch(row_index, slots.flatten(), longest, mask)
 
 
 def _plan_prefill(
     metadata: AttentionMetadata, request: int, block_size: int, sliding_window: int | None, dtype: torch.dtype
-) -> PrefillChunk:
-    device = metadata.block_tables.device
+) -> list[PrefillChunk]:
     start, end = (int(bound) for bound in metadata.query_start_host[request : request + 2])
-    seq_len = int(metadata.seq_lens_host[request])
-    num_queries = end - start
-    first_query = seq_len - num_queries
+    # Position of query token t in its request is t + shift.
+    shift = int(metadata.seq_lens_host[request]) - end
+    return [
+        _plan_chunk(
+            metadata.block_tables[request],
+            first,
+            min(first + _MAX_CHUNK, end),
+            shift,
+            block_size,
+            sliding_window,
+            dtype,
+        )
+        for first in range(start, end, _MAX_CHUNK)
+    ]
+
+
+def _plan_chunk(
+    block_table: Tensor,
+    start: int,
+    end: int,
+    shift: int,
+    block_size: int,
+    sliding_window: int | None,
+    dtype: torch.dtype,
+) -> PrefillChunk:
+    device = block_table.device
+    first_query, context = start + shift, end + shift
     first_key = 0 if sliding_window is None else max(0, first_query - sliding_window + 1)
-    key_positions = torch.arange(first_key, seq_len, device=device)
-    blocks = metadata.block_tables[request].index_select(0, key_positions // block_size).to(torch.int64)
+    key_positions = torch.arange(first_key, context, device=device)
+    blocks = block_table.index_select(0, key_positions // block_size).to(torch.int64)
     slots = blocks * block_size + key_positions % block_size
-    windowed = sliding_window is not None and sliding_window < seq_len
-    if num_queries == 1 or (first_query == 0 and not windowed):
+    windowed = sliding_window is not None and sliding_window < context
+    if end - start == 1 or (first_query == 0 and not windowed):
         return PrefillChunk(start, end, slots, None)
-    query_positions = torch.arange(first_query, seq_len, device=device).unsqueeze(1)
+    query_positions = torch.arange(first_query, context, device=device).unsqueeze(1)
     hidden = key_positions > query_positions
     if sliding_window is not None:
         hidden |= key_positions <= query_positions - sliding_window

@@ -1,4 +1,4 @@
-"""Token embedding and the output head that may share its weight."""
+"""Token embedding and the output head that may share its table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from penstock.execution.layers.linear import LinearKernel, PlainLinear, linear_k
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.weight import Weight
 
+# Rows compared at once when a smaller copy of a table is checked, so that the check needs no second table.
+_ROWS_PER_CHECK = 4096
+
 
 class VocabEmbedding(nn.Module):
     """Token ids int64 [T] → vectors [T, hidden_size], a fresh tensor that the caller may change."""
 
     def __init__(self, vocab_size: int, hidden_size: int, options: LayerOptions) -> None:
         super().__init__()
-        self.weight = Weight((vocab_size, hidden_size), options)
+        self.weight: Weight | None = Weight((vocab_size, hidden_size), options)
         self.dtype = options.dtype
         self._table = self.weight.data
 
@@ -26,52 +29,61 @@ class VocabEmbedding(nn.Module):
         return self._table.nbytes
 
     def shrink(self, dtype: torch.dtype) -> bool:
-        """Look up in a copy of type `dtype` from now on, if that is smaller and holds exactly the same numbers."""
+        """Look up in a copy of type `dtype` from now on. False, and nothing is done, unless that is smaller and exact."""
         if dtype.itemsize >= self._table.dtype.itemsize:
             return False
         smaller = self._table.to(dtype)
-        # Row by row in bounded pieces: a whole comparison would take the table's memory once more.
-        pieces = zip(smaller.split(4096), self._table.split(4096), strict=True)  # type: ignore[no-untyped-call]
-        if not all(torch.equal(small.to(full.dtype), full) for small, full in pieces):
-            return False
+        for start in range(0, len(smaller), _ROWS_PER_CHECK):
+            rows = slice(start, start + _ROWS_PER_CHECK)
+            if not torch.equal(smaller[rows].to(self._table.dtype), self._table[rows]):
+                return False
         self._table = smaller
         return True
+
+    def finish_loading(self) -> None:
+        """The table is no parameter of this module any more. Idempotent."""
+        self.weight = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return F.embedding(input_ids, self._table).to(self.dtype)
 
 
 class LMHead(nn.Module):
-    """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]. With `tied_to`, the weight is the embedding's own."""
+    """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]. With `tied_to`, the weight is the embedding's table.
+
+    A packed head is about twice as fast for small batches, but nothing can be looked up in a packed table. So where the
+    checkpoint is stored in half precision and arithmetic is float32, lookups read a table of the stored type and the head has the
+    float32 one for itself; everywhere else the two share one plain table.
+    """
 
     def __init__(
         self, vocab_size: int, hidden_size: int, options: LayerOptions, *, tied_to: VocabEmbedding | None = None
     ) -> None:
         super().__init__()
-        self.weight: Weight | None = Weight((vocab_size, hidden_size), options) if tied_to is None else tied_to.weight
-        self._kernel: LinearKernel = PlainLinear(self.weight, None)
+        self.tied = tied_to is not None
+        weight = None if tied_to is None else tied_to.weight
+        if weight is None:
+            weight = Weight((vocab_size, hidden_size), options)
+        self.weight: Weight | None = weight
+        self._kernel: LinearKernel = PlainLinear(weight, None)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the weight."""
-        return self._kernel.nbytes
+        """Memory of the weight; 0 when it is the embedding's table."""
+        return 0 if self.tied else self._kernel.nbytes
 
-    def finish_loading(self) -> None:
-        """Hand the weight to this device's kernel; it is no parameter of this module any more. Idempotent."""
-        if self.weight is not None:
+    def finish_loading(self, embedding: VocabEmbedding, stored_as: torch.dtype) -> None:
+        """Hand the weight to this device's kernel; it is no parameter of this module any more. Idempotent.
+
+        stored_as: the type that the checkpoint's numbers had.
+        """
+        if self.weight is None:
+            return
+        if self.tied and packing_pays(self.weight) and embedding.shrink(stored_as):
+            self.tied = False
+        if not self.tied:
             self._kernel = linear_kernel(self.weight.data, None)
         self.weight = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self._kernel(hidden).float()
-
-
-def finish_embedding(embedding: VocabEmbedding, head: LMHead, *, tied: bool, stored_as: torch.dtype) -> None:
-    """Finish loading both, with one table in memory if they are tied.
-
-    A packed output head is about twice as fast for small batches, but a packed weight cannot be looked up in. Where the
-    checkpoint stores half precision, lookups read a table of that type and the head gets the float32 one; otherwise they share it plain.
-    """
-    weight = embedding.weight.data
-    if not tied or (packing_pays(weight) and embedding.shrink(stored_as)):
-        head.finish_loading()

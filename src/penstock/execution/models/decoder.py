@@ -101,5 +101,13 @@ class CausalLM(nn.Module):
     def finish_loading(self) -> None:
         """Put the loaded weights into the layouts that this device computes with, one layer at a time."""
         for module in self.modules():
-            if isinstance(module, Linear | LMHead):
+            if isinstance(module, Linear):
                 module.finish_loading()
+        self.lm_head.finish_loading(self.model.embed_tokens, self.config.dtype)
+        self.model.embed_tokens.finish_loading()
+
+    def weight_bytes(self) -> int:
+        """Memory of all weights in the layouts that they have now."""
+        small = sum(module.weight.nbytes for module in self.modules() if isinstance(module, RMSNorm))
+        linear = sum(module.nbytes for module in self.modules() if isinstance(module, Linear))
+        return small + linear + self.model.embed_tokens.nbytes + self.lm_head.nbytes

@@ -30,7 +30,7 @@ class Fields:
             raise ModelFormatError(f"{file} is larger than {_MAX_FILE_BYTES} bytes; this is no {file.name}.")
         try:
             data = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"{file} is not valid JSON: {error}") from error
         if not isinstance(data, dict):
             raise ModelFormatError(f"{file} must hold a JSON object.")

@@ -7,8 +7,9 @@ the tensor and the file. Files are memory-mapped: a tensor's bytes are read once
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from penstock.core.errors import ModelFormatError
@@ -56,7 +57,11 @@ def load_weights(model: CausalLM, files: list[Path], *, progress: bool) -> None:
     total = sum(info.nbytes for info in tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
         for file, header in headers.items():
-            with safe_open(file, framework="pt") as opened:
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ModelFormatError(f"{file} is no safetensors file: {error}.") from error
+            with opened:
                 for name, info in header.items():
                     if name in places:
                         parameter, shard = places[name]

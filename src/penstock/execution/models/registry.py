@@ -62,9 +62,8 @@ def load_model(
         load_weights(model, files, progress=progress)
         model_hash = _hash_files(folder, files)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     model.finish_loading()
-    return LoadedModel(model, model_config, backend, model_hash, num_parameters, weight_bytes)
+    return LoadedModel(model, model_config, backend, model_hash, num_parameters, model.weight_bytes())
 
 
 def build_model(config: ModelConfig, options: LayerOptions) -> CausalLM:

@@ -23,10 +23,11 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it looks like."""
+    """Where a tensor is and what it looks like. begin: its first byte, counted from the end of the header."""
 
     file: Path
     shape: tuple[int, ...]
+    begin: int
     nbytes: int
 
 
@@ -41,36 +42,35 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             )
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"{file} is no safetensors file: its header is not valid JSON.") from error
     if not isinstance(header, dict):
         raise ModelFormatError(f"{file} is no safetensors file: its header is no JSON object.")
     data_bytes = size - 8 - length
-    tensors = {
-        name: _tensor_info(file, name, entry, data_bytes) for name, entry in header.items() if name != "__metadata__"
-    }
-    if (total := sum(info.nbytes for info in tensors.values())) != data_bytes:
-        raise ModelFormatError(
-            f"{file} holds {data_bytes} bytes of tensors, its header says {total}; download it again."
-        )
+    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if info.begin != end:
+            raise ModelFormatError(f"{file}: tensor {name!r} does not begin where the one before it ends.")
+        end += info.nbytes
+    if end > data_bytes:
+        raise ModelFormatError(f"{file} is truncated: {data_bytes} of {end} bytes of tensors are there; get it again.")
+    if end < data_bytes:
+        raise ModelFormatError(f"{file} has {data_bytes - end} bytes after its last tensor; get it again.")
     return tensors
 
 
-def _tensor_info(file: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        valid = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        valid = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise ModelFormatError(f"{file}: the header entry of {name!r} is malformed.") from error
-    if dtype not in DTYPE_SIZES:
+    if valid and dtype not in DTYPE_SIZES:
         supported = ", ".join(DTYPE_SIZES)
         raise ModelFormatError(
             f"{file}: tensor {name!r} has type {dtype!r}, which is not supported; supported: {supported}."
         )
     if not valid or begin > end or end - begin != math.prod(shape) * DTYPE_SIZES[dtype]:
         raise ModelFormatError(f"{file}: the header entry of {name!r} is malformed.")
-    if end > data_bytes:
-        raise ModelFormatError(
-            f"{file} is truncated: tensor {name!r} ends beyond the end of the file; download it again."
-        )
-    return TensorInfo(file, shape, end - begin)
+    return TensorInfo(file, shape, begin, end - begin)

@@ -7,14 +7,14 @@ Engines come and go. Whoever starts them (a supervisor, or nobody for an engine 
 endpoint, `engine_lost` when the engine died and another will come, `engine_gone` when none will. Requests survive in between: see
 `recovery`.
 
-What does not belong here: how text is made (output_processor), what a request must satisfy (validation), processes (cluster).
+What does not belong here: how text is made (output_processor), what a request must satisfy (validation), messages and signs of life
+(engine_link), processes (cluster).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -29,37 +29,21 @@ from penstock.core.errors import (
     InvalidRequestError,
     OverloadedError,
     RequestError,
-    error_from_info,
 )
 from penstock.core.transport import ClientEndpoint
 from penstock.core.types import (
     PING_INTERVAL_S,
     Abort,
-    Configure,
-    Configured,
     Connect,
-    Deltas,
-    Disconnect,
     EngineStats,
-    FromEngine,
     Hello,
     LiveLimits,
     ModelInfo,
-    Ping,
     StartupFailed,
-    Status,
-    Submit,
     TokenDelta,
 )
-from penstock.serving.frontend.client import (
-    ChatPrompt,
-    Delta,
-    GenerationRequest,
-    Health,
-    Prompt,
-    TokensPrompt,
-)
-from penstock.serving.frontend.progress import ProgressWatch
+from penstock.serving.frontend.client import ChatPrompt, Delta, GenerationRequest, Health, Prompt, TokensPrompt
+from penstock.serving.frontend.engine_link import PAUSE_LIMIT_S, EngineLink, LinkEvents
 from penstock.serving.frontend.prompts import PromptEncoder
 from penstock.serving.frontend.recovery import MAX_CRASHES, ReplayQueue, crashed_too_often
 from penstock.serving.frontend.request_state import RequestState
@@ -68,15 +52,14 @@ from penstock.serving.frontend.validation import check_prompt, check_token_ids, 
 
 logger = logging.getLogger(__name__)
 
-CONFIGURE_TIMEOUT_S = 30.0
-
 
 class AsyncEngine:
     """See EngineClient for what each method promises.
 
     `tokenizer` None: only token-id prompts, no text. `hang_timeout_s`: an engine without progress for so long is reported to `on_hang`
     once, which has to end it (the supervisor's `kill`); without `on_hang` the engine counts as gone. `restart_wait_s`: how long a new
-    request waits for an engine that starts; `max_parked`: how many may wait so.
+    request waits for an engine that starts; `max_parked`: how many may wait so. `pause_limit_s`: after this process stood still for so
+    long, what runs is submitted again.
 
     `hello` is the last engine's greeting (None before the first), `engine_starts` counts engines, `finished_requests` requests that
     ended well. Used from one event loop. Call `close` at the end.
@@ -90,6 +73,7 @@ class AsyncEngine:
         restart_wait_s: float = 30.0,
         max_parked: int = 1024,
         ping_interval_s: float = PING_INTERVAL_S,
+        pause_limit_s: float = PAUSE_LIMIT_S,
         on_hang: Callable[[str], None] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -101,27 +85,22 @@ class AsyncEngine:
         self._restart_wait_s = restart_wait_s
         self._max_parked = max_parked
         self._ping_interval_s = ping_interval_s
+        self._pause_limit_s = pause_limit_s
         self._prompts = PromptEncoder(tokenizer)
         self._requests: dict[str, RequestState] = {}
         self._starting: set[str] = set()
         self._aborted_early: set[str] = set()
         self._replay = ReplayQueue()
-        self._endpoint: ClientEndpoint | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._link: EngineLink | None = None
         self._connected = asyncio.Event()
         self._gone: str | None = None
         self._down_reason = "the engine is starting"
-        self._hung = False
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._parked = 0
-        self._stats: EngineStats | None = None
         self._limits = LiveLimits()
-        self._call_ids = itertools.count()
-        self._calls: dict[int, asyncio.Future[LiveLimits]] = {}
-        self._unsent_aborts: list[Abort] = []
-        self._watch = ProgressWatch(tick_s=ping_interval_s, hang_timeout_s=hang_timeout_s)
+        self._last_stats: EngineStats | None = None
 
     # ---- the engine comes and goes ----
 
@@ -150,13 +129,16 @@ class AsyncEngine:
                 self._end(state, error)
         self.hello = hello
         self.engine_starts += 1
-        self._endpoint = endpoint
         self._gone = None
-        self._hung = False
-        self._watch = ProgressWatch(tick_s=self._ping_interval_s, hang_timeout_s=self._hang_timeout_s)
-        self._tasks = [asyncio.create_task(self._read(endpoint)), asyncio.create_task(self._tick())]
+        self._link = EngineLink(
+            endpoint,
+            LinkEvents(tokens=self._handle_delta, hang=self._report_hang, paused=self._submit_again, busy=self._busy),
+            ping_interval_s=self._ping_interval_s,
+            hang_timeout_s=self._hang_timeout_s,
+            pause_limit_s=self._pause_limit_s,
+        )
         if self._limits != LiveLimits():
-            self._send(Configure(next(self._call_ids), self._limits))
+            self._link.restore_limits(self._limits)
         self._submit_all(self._replay.restart(self._requests.values()))
         self._connected.set()
 
@@ -180,20 +162,14 @@ class AsyncEngine:
         # Wake the parked ones; they find out that the engine is gone.
         self._connected.set()
 
-    def _detach(self) -> None:
-        """Forget the engine of now, if any."""
+    def _detach(self) -> list[asyncio.Task[None]]:
+        """Forget the engine of now, if any. Returns the tasks that end with it."""
         self._connected.clear()
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
-        if self._endpoint is not None:
-            self._endpoint.close()
-            self._endpoint = None
-        self._unsent_aborts = []
-        for call in self._calls.values():
-            if not call.done():
-                call.set_exception(EngineDeadError("The engine stopped before it changed its limits."))
-        self._calls = {}
+        link, self._link = self._link, None
+        if link is None:
+            return []
+        self._last_stats = link.stats or self._last_stats
+        return link.close()
 
     # ---- EngineClient ----
 
@@ -230,41 +206,34 @@ class AsyncEngine:
         return self.hello.model
 
     async def configure(self, limits: LiveLimits) -> LiveLimits:
-        if self._endpoint is None:
+        if self._link is None:
             raise EngineDeadError(f"The engine is not ready: {self._gone or self._down_reason}.")
-        call_id = next(self._call_ids)
-        call: asyncio.Future[LiveLimits] = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = call
-        try:
-            self._endpoint.send(Configure(call_id, limits))
-            async with asyncio.timeout(CONFIGURE_TIMEOUT_S):
-                in_force = await call
-        except TimeoutError as error:
-            raise EngineDeadError("The engine did not answer.") from error
-        finally:
-            self._calls.pop(call_id, None)
+        in_force = await self._link.configure(limits)
         wanted = {name: value for name, value in msgspec.structs.asdict(limits).items() if value is not None}
         self._limits = msgspec.structs.replace(self._limits, **wanted)
         return in_force
 
     async def stats(self) -> EngineStats | None:
-        return self._stats
+        current = None if self._link is None else self._link.stats
+        return current or self._last_stats
 
     def health(self) -> Health:
+        link = self._link
+        reason = ""
+        if self._gone is not None:
+            reason = self._gone
+        elif link is None:
+            reason = self._down_reason
+        elif link.hung:
+            reason = "the engine makes no progress"
+        elif self._draining:
+            reason = "the server is shutting down"
         details = {
             "requests": len(self._requests),
             "engine_starts": self.engine_starts,
-            "seconds_without_progress": round(self._watch.silent_s, 1),
+            "seconds_without_progress": 0.0 if link is None else round(link.silent_s, 1),
         }
-        if self._gone is not None:
-            return Health(live=True, ready=False, reason=self._gone, details=details)
-        if self._endpoint is None:
-            return Health(live=True, ready=False, reason=self._down_reason, details=details)
-        if self._hung or self._watch.hung:
-            return Health(live=True, ready=False, reason="the engine makes no progress", details=details)
-        if self._draining:
-            return Health(live=True, ready=False, reason="the server is shutting down", details=details)
-        return Health(live=True, ready=True, details=details)
+        return Health(live=True, ready=not reason, reason=reason, details=details)
 
     async def drain(self, timeout_s: float) -> None:
         self._draining = True
@@ -280,8 +249,7 @@ class AsyncEngine:
         self._draining = True
         for state in list(self._requests.values()):
             self._end(state, AbortedError("The server is shutting down.", code="shutting_down"))
-        tasks = self._tasks
-        self._send(Disconnect())
+        tasks = self._detach()
         self.engine_gone("the server is shutting down")
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.tokenizer is not None:
@@ -335,7 +303,7 @@ class AsyncEngine:
         return state
 
     async def _wait_for_engine(self, deadline: float | None) -> None:
-        while self._endpoint is None:
+        while self._link is None:
             if self._gone is not None:
                 raise EngineDeadError(f"The engine is not available: {self._gone}.")
             if self._parked >= self._max_parked:
@@ -351,13 +319,12 @@ class AsyncEngine:
 
     def _submit(self, state: RequestState) -> None:
         """Hand the request, or what is left of it, to the engine. A failure is the request's outcome."""
-        if self._endpoint is None or state.mailbox.closed:
+        if self._link is None or state.mailbox.closed:
             return
-        if not self._busy():
-            self._watch.progressed()
+        first = not self._busy()
         submission = state.next_submission(asyncio.get_running_loop().time())
         try:
-            self._endpoint.send(Submit(submission))
+            self._link.submit(submission, first=first)
         except OverloadedError as error:
             state.in_engine = False
             self._end(state, error)
@@ -371,8 +338,8 @@ class AsyncEngine:
         if self._requests.get(state.request_id) is not state:
             return
         del self._requests[state.request_id]
-        if state.in_engine and not state.finished:
-            self._send_abort(Abort([state.request_id]))
+        if self._link is not None and state.in_engine and not state.finished:
+            self._link.abort(Abort([state.request_id]))
         state.close(None if state.finished else error)
         self._submit_all(self._replay.settled(state.request_id))
         self._note_idle()
@@ -383,38 +350,14 @@ class AsyncEngine:
 
     # ---- news from the engine ----
 
-    async def _read(self, endpoint: ClientEndpoint) -> None:
-        while True:
-            self._handle(await endpoint.receive())
-
-    def _handle(self, message: FromEngine) -> None:
-        match message:
-            case Deltas(deltas):
-                if deltas:
-                    self._watch.progressed()
-                for delta in deltas:
-                    self._handle_delta(delta)
-            case Status(stats):
-                self._stats = stats
-                self._watch.status(stats, busy=self._busy())
-            case Configured(call_id, limits, error):
-                call = self._calls.pop(call_id, None)
-                if call is not None and not call.done():
-                    if error is None:
-                        call.set_result(limits)
-                    else:
-                        call.set_exception(error_from_info(error))
-            case Hello() | StartupFailed():
-                logger.debug("ignored a late %s", type(message).__name__)
-
     def _handle_delta(self, delta: TokenDelta) -> None:
         state = self._requests.get(delta.request_id)
         if state is None or delta.attempt != state.attempt or not state.in_engine:
             return
         proven = state.started
         try:
-            if state.accept(delta):
-                self._send_abort(Abort([state.request_id], [delta.index]))
+            if state.accept(delta) and self._link is not None:
+                self._link.abort(Abort([state.request_id], [delta.index]))
         except RequestError as error:
             self._end(state, error)
             return
@@ -429,7 +372,19 @@ class AsyncEngine:
         elif not proven:
             self._submit_all(self._replay.settled(state.request_id))
 
-    # ---- housekeeping ----
+    def _submit_again(self) -> None:
+        """The engine may have taken this process for dead and dropped its requests; a second attempt does no harm."""
+        states = [state for state in self._requests.values() if state.in_engine]
+        if states and self._link is not None:
+            logger.warning("this process stood still for a while; submitting %d requests again", len(states))
+            self._link.abort(Abort([state.request_id for state in states]))
+            self._submit_all(states)
+
+    def _report_hang(self, reason: str) -> None:
+        if self.on_hang is not None:
+            self.on_hang(reason)
+        else:
+            self.engine_gone(reason)
 
     def _busy(self) -> bool:
         return any(state.in_engine for state in self._requests.values())
@@ -438,40 +393,3 @@ class AsyncEngine:
         sizes = [self.hello.model.vocab_size if self.hello else 0]
         sizes.append(self.tokenizer.vocab_size if self.tokenizer else 0)
         return max(sizes)
-
-    def _send(self, message: Configure | Ping | Disconnect) -> None:
-        """Send what may as well be lost when the queue is full."""
-        if self._endpoint is not None:
-            with contextlib.suppress(OverloadedError):
-                self._endpoint.send(message)
-
-    def _send_abort(self, abort: Abort) -> None:
-        """Send, or keep for later when the queue is full, so that no request runs on for nobody."""
-        if self._endpoint is None:
-            return
-        try:
-            self._endpoint.send(abort)
-        except OverloadedError:
-            self._unsent_aborts.append(abort)
-
-    async def _tick(self) -> None:
-        """Say that we are alive, and notice when the engine is not."""
-        loop = asyncio.get_running_loop()
-        while True:
-            self._send(Ping())
-            aborts, self._unsent_aborts = self._unsent_aborts, []
-            for abort in aborts:
-                self._send_abort(abort)
-            self._watch.tick(loop.time())
-            if self._watch.hung and not self._hung:
-                self._report_hang()
-            await asyncio.sleep(self._ping_interval_s)
-
-    def _report_hang(self) -> None:
-        self._hung = True
-        reason = f"the engine made no progress for {self._watch.silent_s:.0f} s"
-        logger.error("%s", reason)
-        if self.on_hang is not None:
-            self.on_hang(reason)
-        else:
-            self.engine_gone(reason)

@@ -160,14 +160,20 @@ class ChatTemplate:
         self._kill()
 
 
+def wait_for(descriptor: int, event: int, deadline: float) -> None:
+    """Wait until `event` (select.POLLIN or POLLOUT). Raises TimeoutError at `deadline`. Not select(), which ends at descriptor 1023."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
 def write_all(descriptor: int, data: bytes, deadline: float) -> None:
     """Write everything. Raises TimeoutError at `deadline` (monotonic seconds), OSError when the reader is gone."""
     view = memoryview(data)
     while view:
-        # A pipe that select calls writable takes at least PIPE_BUF bytes without blocking.
-        _, ready, _ = select.select([], [descriptor], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError
+        # A pipe that is ready takes at least PIPE_BUF bytes without blocking.
+        wait_for(descriptor, select.POLLOUT, deadline)
         view = view[os.write(descriptor, view[: select.PIPE_BUF]) :]
 
 
@@ -175,9 +181,7 @@ def read_exactly(descriptor: int, size: int, deadline: float) -> bytes:
     """Read `size` bytes. Raises TimeoutError at `deadline` (monotonic seconds), EOFError when the writer is gone."""
     parts = []
     while size:
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError
+        wait_for(descriptor, select.POLLIN, deadline)
         part = os.read(descriptor, min(size, 2**20))
         if not part:
             raise EOFError

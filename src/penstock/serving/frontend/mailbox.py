@@ -16,7 +16,7 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._pending: dict[int, _PendingDelta] = {}
+        self._pending: dict[int, Delta | _MergedDelta] = {}
         self._wake = asyncio.Event()
         self._done = False
         self._error: RequestError | None = None
@@ -32,8 +32,10 @@ class Mailbox:
             return
         pending = self._pending.get(delta.index)
         if pending is None:
-            self._pending[delta.index] = _PendingDelta(delta)
+            self._pending[delta.index] = delta
         else:
+            if isinstance(pending, Delta):
+                pending = self._pending[delta.index] = _MergedDelta(pending)
             pending.merge(delta)
         self._wake.set()
 
@@ -48,8 +50,8 @@ class Mailbox:
         """The next delta, None at the end. Raises the request's error."""
         while True:
             if self._pending:
-                index = next(iter(self._pending))
-                return self._pending.pop(index).freeze()
+                pending = self._pending.pop(next(iter(self._pending)))
+                return pending if isinstance(pending, Delta) else pending.freeze()
             if self._error is not None:
                 raise self._error
             if self._done:
@@ -58,7 +60,7 @@ class Mailbox:
             await self._wake.wait()
 
 
-class _PendingDelta:
+class _MergedDelta:
     """The first delta and what was added to it since; joined once, when it is read."""
 
     __slots__ = ("_finish_reason", "_first", "_logprobs", "_stop_reason", "_texts", "_token_ids")

@@ -107,11 +107,11 @@ def compile_template(setup: TemplateSetup) -> jinja2.Template | RenderResult:
 
 def limit_process(memory_limit_bytes: int) -> None:
     """No core dumps, no files, bounded memory."""
-    for kind, limit in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_AS, memory_limit_bytes),
-    ):
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    # macOS has no working limit of the address space; there the timer and the output limit remain.
+    if sys.platform != "darwin":
+        limits[resource.RLIMIT_AS] = memory_limit_bytes
+    for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

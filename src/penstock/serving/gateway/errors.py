@@ -11,6 +11,7 @@ import math
 
 import msgspec
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -86,6 +87,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return error_response(_refusal(status, str(error.detail), "invalid_request"), headers)
 
 
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    """A path or query value of the wrong type; the framework's own answer would be 422."""
+    return error_response(_refusal(400, "A path or query parameter is not valid.", "invalid_value"))
+
+
 def _refusal(status: int, message: str, code: str) -> ErrorInfo:
     return ErrorInfo(message=message, status=status, type="invalid_request_error", code=code)
 
@@ -94,3 +100,4 @@ def add_error_handlers(app: FastAPI) -> None:
     """Every error that a route or the framework raises leaves in one shape."""
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -128,7 +128,7 @@ def serve(**values: Any) -> int:
         raise ConfigError("--rate is an open loop and --concurrency a closed one; give one of them.")
     if values["count"] < 1:
         raise ConfigError("--requests must be at least 1.")
-    report = run_async(lambda: _measure_server(values))
+    report = run_async(_measure_server(values))
     _publish(report, serve_table(report), values["json_path"])
     return 0 if report.metrics.completed else 1
 

@@ -17,7 +17,7 @@ import msgspec
 
 from penstock.core.errors import ConfigError
 from penstock.workbench.bench.http import Connection, ConnectionClosedError, HttpProtocolError, Response
-from penstock.workbench.bench.record import RequestRecord, failed, read_response
+from penstock.workbench.bench.record import RequestRecord, read_response
 from penstock.workbench.bench.workload import BenchRequest
 
 Endpoint = Literal["completions", "chat"]
@@ -78,15 +78,20 @@ class Client:
         route = "/chat/completions" if target.endpoint == "chat" else "/completions"
         return self._head("POST", route, msgspec.json.encode(body | target.extra_body))
 
-    async def send(self, request: BenchRequest, due: float, encoded: bytes | None = None) -> RequestRecord:
-        """Send one request that was due at `due` and follow its stream to the end. Never raises for what a server can do wrong."""
+    async def send(
+        self, request: BenchRequest, due: float, encoded: bytes | None = None, response: Response | None = None
+    ) -> RequestRecord:
+        """Send one request that was due at `due` and follow its stream to the end. Never raises for what a server can do wrong.
+
+        `encoded`: what `encode` made of the request before. `response`: the object to fill, for a caller that watches the stream.
+        """
         encoded = self.encode(request) if encoded is None else encoded
+        response = Response() if response is None else response
         sent = time.perf_counter()
         error = detail = ""
-        response: Response | None = None
         try:
             async with asyncio.timeout(self.target.timeout_s):
-                response = await self._exchange(encoded)
+                await self._exchange(encoded, response)
         except TimeoutError:
             error = "timeout"
         except ConnectionClosedError as closed:
@@ -99,13 +104,14 @@ class Client:
         record = RequestRecord(
             index=request.index, due=due, sent=sent, finished=finished, asked_tokens=request.max_tokens
         )
-        return failed(record, error, detail) if response is None else read_response(record, response)
+        return read_response(record, response, error, detail)
 
     async def models(self) -> list[str]:
         """Names the server lists. Raises ConfigError when it cannot be asked."""
         try:
             async with asyncio.timeout(min(self.target.timeout_s, 30.0)):
-                response = await self._exchange(self._head("GET", "/models", b""))
+                response = Response()
+                await self._exchange(self._head("GET", "/models", b""), response)
             if response.status != 200:
                 raise ConfigError(f"{self.target.url} answers /v1/models with status {response.status}.")
             return [card.id for card in msgspec.json.decode(response.body, type=_ModelList).data]
@@ -114,24 +120,24 @@ class Client:
         except (OSError, ConnectionClosedError, HttpProtocolError, msgspec.DecodeError) as error:
             raise ConfigError(f"{self.target.url} cannot be asked for its models: {error}") from error
 
-    async def _exchange(self, encoded: bytes) -> Response:
+    async def _exchange(self, encoded: bytes, response: Response) -> None:
         """On a kept connection the server may just have closed it; nothing was processed then, so a fresh one is tried."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.usable:
                 continue
             try:
-                return await self._on(connection, encoded)
+                await self._on(connection, encoded, response)
+                return
             except ConnectionClosedError as error:
                 if error.started:
                     raise
-        return await self._on(await self._connect(), encoded)
+        await self._on(await self._connect(), encoded, response)
 
-    async def _on(self, connection: Connection, encoded: bytes) -> Response:
-        response = await connection.exchange(encoded)
+    async def _on(self, connection: Connection, encoded: bytes, response: Response) -> None:
+        await connection.exchange(encoded, response)
         if connection.usable:
             self._idle.append(connection)
-        return response
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()

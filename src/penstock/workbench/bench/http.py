@@ -198,14 +198,13 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing() and self._finished is None
 
-    async def exchange(self, request: bytes) -> Response:
-        """Send the request's bytes and wait for the whole response. Raises ConnectionClosedError, HttpProtocolError or OSError.
-
-        Cancelling it closes the connection."""
+    async def exchange(self, request: bytes, response: Response) -> None:
+        """Send the request's bytes and wait until `response` is complete. Raises ConnectionClosedError or HttpProtocolError;
+        what had arrived until then is in `response`. Cancelling it closes the connection."""
         transport = self._transport
         if not self.usable or transport is None:
             raise ConnectionClosedError(started=False)
-        response = self._response = Response()
+        self._response = response
         self._finished = asyncio.get_running_loop().create_future()
         transport.write(request)
         try:
@@ -217,7 +216,6 @@ class Connection(asyncio.Protocol):
             self._finished = self._response = None
         if not response.keep_alive:
             transport.close()
-        return response
 
     def close(self) -> None:
         if self._transport is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,11 +59,11 @@ async def warm_up(client: Client, requests: list[BenchRequest]) -> None:
         )
 
 
-def run_async(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run `main()` on uvloop where it is installed (half the CPU per event), else on asyncio's own loop."""
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run `main` on uvloop where it is installed (half the CPU per event), else on asyncio's own loop."""
     if importlib.util.find_spec("uvloop") is None:
-        return asyncio.run(main())
+        return asyncio.run(main)
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main())
+        return runner.run(main)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from penstock.core.types import SamplingParams
 from penstock.workbench.bench.environment import describe_environment
+from penstock.workbench.bench.load import BenchmarkError
 from penstock.workbench.bench.report import OfflineReport
 from penstock.workbench.bench.workload import BenchRequest, Workload
 
@@ -26,6 +27,12 @@ class Output(Protocol):
     @property
     def outputs(self) -> Sequence[Completion]: ...
 
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    @property
+    def error(self) -> Exception | None: ...
+
 
 class Generator(Protocol):
     """What this module needs of `penstock.LLM`."""
@@ -37,12 +44,13 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """One batch: seconds on the wall, seconds of CPU in this process, tokens in and out."""
+    """One batch: seconds on the wall, seconds of CPU in this process, tokens in and out, prompt tokens from the prefix cache."""
 
     wall_s: float
     cpu_s: float
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int
 
     @property
     def output_throughput(self) -> float:
@@ -50,7 +58,7 @@ class BatchRun:
 
 
 def run_batch(llm: Generator, requests: Sequence[BenchRequest]) -> BatchRun:
-    """Generate all requests in one call, greedy, each to exactly its length."""
+    """Generate all requests in one call, greedy, each to exactly its length. Raises BenchmarkError when one fails."""
     prompts = [request.prompt for request in requests]
     sampling = [
         SamplingParams(temperature=0.0, max_tokens=request.max_tokens, min_tokens=request.max_tokens, ignore_eos=True)
@@ -59,11 +67,15 @@ def run_batch(llm: Generator, requests: Sequence[BenchRequest]) -> BatchRun:
     cpu_before, started = time.process_time(), time.perf_counter()
     outputs = llm.generate(prompts, sampling)
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_before
+    failures = [output.error for output in outputs if output.error is not None]
+    if failures:
+        raise BenchmarkError(f"{len(failures)} of {len(requests)} requests failed: {failures[0]}")
     return BatchRun(
         wall_s=wall_s,
         cpu_s=cpu_s,
         prompt_tokens=sum(request.prompt_tokens or 0 for request in requests),
         output_tokens=sum(len(sample.token_ids) for output in outputs for sample in output.outputs),
+        cached_tokens=sum(output.num_cached_tokens for output in outputs),
     )
 
 

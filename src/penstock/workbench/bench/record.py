@@ -7,7 +7,6 @@ merges tokens into one event or holds back text; with the third, arrivals are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ class RequestRecord:
     `due`: when it should have been sent; `sent`: when it was. `arrivals`: (time, tokens in that event), only events with tokens.
     `output_tokens` is the server's count where it gives one; `counted_by` says where the counts per event come from and
     `exact` whether they add up to `output_tokens`. `error`: kind of failure (connect, timeout, disconnected, http_<status>,
-    stream_error, bad_response), None for success; `detail` is the server's text.
+    stream_error, bad_response, no_tokens), None for success; `detail` is the server's text.
     """
 
     index: int
@@ -79,55 +78,75 @@ class _Event(msgspec.Struct):
 _event_decoder = msgspec.json.Decoder(_Event)
 
 
-def read_response(record: RequestRecord, response: Response) -> RequestRecord:
-    """Complete `record` from a finished response."""
-    if response.status != 200:
-        return failed(record, f"http_{response.status}", response.body[:500].decode("utf-8", "replace"))
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What the events of a stream say. `total`: the server's count of output tokens; `error`: its error object, as JSON."""
+
+    arrivals: tuple[tuple[float, int], ...]
+    counted_by: TokenSource
+    total: int | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    finish_reason: str | None
+    error: str
+
+
+def read_response(record: RequestRecord, response: Response, error: str = "", detail: str = "") -> RequestRecord:
+    """Complete `record` from a response. `error` is the kind of failure that ended the exchange, "" for none; tokens that had
+    arrived until then stay in the record but count in no latency."""
+    if not error and response.status != 200:
+        error, detail = f"http_{response.status}", response.body[:500].decode("utf-8", "replace")
     try:
-        events = [(at, _event_decoder.decode(data)) for at, data in response.events]
-    except msgspec.DecodeError as error:
-        return failed(record, "bad_response", str(error))
-    seen, total = 0, None
-    source: TokenSource = "events"
+        stream = read_events(response)
+    except msgspec.DecodeError as broken:
+        return replace(record, error=error or "bad_response", detail=detail or str(broken))
+    if not error and stream.error:
+        error, detail = "stream_error", stream.error
+    elif not error and not response.done:
+        error, detail = "disconnected", "The stream ended without [DONE]."
+    elif not error and not stream.arrivals:
+        error, detail = "no_tokens", "The stream had no tokens."
+    seen = sum(count for _, count in stream.arrivals)
+    return replace(
+        record,
+        arrivals=stream.arrivals,
+        prompt_tokens=stream.prompt_tokens,
+        output_tokens=seen if stream.total is None else stream.total,
+        cached_tokens=stream.cached_tokens,
+        finish_reason=stream.finish_reason,
+        counted_by=stream.counted_by,
+        exact=seen == stream.total,
+        error=error or None,
+        detail=detail,
+    )
+
+
+def read_events(response: Response) -> Stream:
+    """The events that have arrived so far. Raises msgspec.DecodeError for what is not a completion event."""
+    seen = 0
     arrivals: list[tuple[float, int]] = []
-    changes: dict[str, Any] = {}
-    for at, event in events:
+    source: TokenSource = "events"
+    last = _Usage()
+    finish_reason, error = None, ""
+    for at, event in ((at, _event_decoder.decode(data)) for at, data in response.events):
         if event.error is not None:
-            return failed(record, "stream_error", msgspec.json.encode(event.error)[:500].decode(), arrivals)
-        usage = event.usage
-        if usage is not None:
-            total = usage.completion_tokens if usage.completion_tokens is not None else total
-            changes["prompt_tokens"] = usage.prompt_tokens
-            if usage.prompt_tokens_details is not None:
-                changes["cached_tokens"] = usage.prompt_tokens_details.cached_tokens
+            error = msgspec.json.encode(event.error)[:500].decode("utf-8", "replace")
+        last = event.usage or last
         for choice in event.choices:
-            count, event_source = _tokens_in(choice, usage, seen)
+            count, event_source = _tokens_in(choice, event.usage, seen)
             if count:
                 source = event_source
                 seen += count
                 arrivals.append((at, count))
-            changes["finish_reason"] = choice.finish_reason or changes.get("finish_reason")
-    if not arrivals or not response.done:
-        kind = "disconnected" if arrivals else "bad_response"
-        return failed(record, kind, "The stream ended without tokens or without [DONE].", arrivals)
-    return replace(
-        record,
+            finish_reason = choice.finish_reason or finish_reason
+    return Stream(
         arrivals=tuple(arrivals),
-        output_tokens=seen if total is None else total,
         counted_by=source,
-        exact=seen == total,
-        **changes,
-    )
-
-
-def failed(record: RequestRecord, error: str, detail: str, arrivals: Sequence[tuple[float, int]] = ()) -> RequestRecord:
-    """`record` as a failure; tokens that had arrived stay in it but count in no latency."""
-    return replace(
-        record,
+        total=last.completion_tokens,
+        prompt_tokens=last.prompt_tokens,
+        cached_tokens=last.prompt_tokens_details.cached_tokens if last.prompt_tokens_details else None,
+        finish_reason=finish_reason,
         error=error,
-        detail=detail,
-        arrivals=tuple(arrivals),
-        output_tokens=sum(count for _, count in arrivals),
     )
 
 

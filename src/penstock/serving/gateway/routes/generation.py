@@ -98,7 +98,8 @@ async def _collect(stream: DeltaStream, timeout_s: float) -> list[News]:
     news: list[News] = []
     try:
         async with stream:
-            while await stream.wait(timeout_s):
+            # A wait without news says nothing: the clock may be a hair short of the deadline, which then raises.
+            while await stream.wait(timeout_s) or not stream.ended:
                 # Deltas by the handful instead of one by one: nobody reads a part of this answer.
                 await stream.gather(0.05)
                 news += stream.take()

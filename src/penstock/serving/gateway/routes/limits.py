@@ -26,8 +26,8 @@ PATH = "/v1/engine/limits"
 
 def add_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get(PATH, response_model=None, summary="The live limits in force.", tags=["operations"])
-    async def get_limits(request: Request) -> Response:
-        name, client = gateway.resolve(request.query_params.get("model"))
+    async def get_limits(model: str | None = None) -> Response:
+        name, client = gateway.resolve(model)
         return _render(name, await client.configure(LiveLimits()))
 
     @app.patch(PATH, response_model=None, summary="Change live limits.", tags=["operations"])

@@ -60,7 +60,9 @@ class RequestModel(BaseModel):
             elif name not in cls.NEUTRAL:
                 raise PydanticCustomError("unknown_parameter", "is not a known field", {"path": [name]})
             elif not _is_neutral(value, cls.NEUTRAL[name]):
-                raise PydanticCustomError("unsupported_parameter", "is not implemented by this server", {"path": [name]})
+                raise PydanticCustomError(
+                    "unsupported_parameter", "is not implemented by this server", {"path": [name]}
+                )
         return kept
 
     @classmethod

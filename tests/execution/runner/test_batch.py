@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from tests.execution.runner.harness import BLOCK_SIZE, CPU, new_request
+
+from penstock.core.errors import IntegrityError
+from penstock.engine.step import CachedRequest
+from penstock.execution.runner.batch import PersistentBatch
+
+
+def _batch(max_slots: int = 4) -> PersistentBatch:
+    return PersistentBatch(max_slots, 32, BLOCK_SIZE, CPU)
+
+
+def test_tensors_of_a_mixed_step() -> None:
+    batch = _batch()
+    batch.add(new_request("decode", range(10, 16), [5, 3], num_computed_tokens=5))
+    batch.add(new_request("first chunk", range(20, 30), [7, 1], num_computed_tokens=0))
+    batch.add(new_request("last chunk", range(40, 49), [2, 0, 6], num_computed_tokens=6))
+    inputs = batch.build({"decode": 1, "last chunk": 3, "first chunk": 5})
+    assert inputs is not None
+    assert inputs.input_ids.tolist() == [15, 46, 47, 48, 20, 21, 22, 23, 24]
+    assert inputs.positions.tolist() == [5, 6, 7, 8, 0, 1, 2, 3, 4]
+    attention = inputs.attention
+    assert attention.slot_mapping.tolist() == [3 * 4 + 1, 0 * 4 + 2, 0 * 4 + 3, 6 * 4, 28, 29, 30, 31, 4]
+    assert attention.query_start.tolist() == attention.query_start_host.tolist() == [0, 1, 4, 9]
+    assert attention.seq_lens.tolist() == attention.seq_lens_host.tolist() == [6, 9, 5]
+    assert (attention.num_decodes, attention.max_seq_len) == (1, 9)
+    assert attention.block_tables.shape == (3, 3)
+    assert attention.block_tables[1].tolist() == [2, 0, 6]
+    assert attention.block_tables[2, :2].tolist() == [7, 1]
+    assert [inputs.keys[row] for row in inputs.sampling] == ["decode", "last chunk"]
+    assert inputs.logit_rows.tolist() == [0, 3]
+    assert inputs.sample_positions.tolist() == [6, 9]
+
+
+def test_sampled_tokens_are_the_next_inputs() -> None:
+    batch = _batch()
+    slot = batch.add(new_request("a", [1, 2, 3], [0]))
+    inputs = batch.build({"a": 3})
+    assert inputs is not None
+    batch.finish_step(inputs)
+    batch.append(np.array([slot]), np.array([99]))
+    # The scheduler does not know token 99 and has not said where to start.
+    inputs = batch.build({"a": 1})
+    assert inputs is not None
+    assert (inputs.input_ids.tolist(), inputs.positions.tolist()) == ([99], [3])
+    assert batch.token_ids(slot).tolist() == [1, 2, 3, 99]
+
+
+def test_a_slot_is_reused_without_a_trace() -> None:
+    batch = _batch(max_slots=1)
+    slot = batch.add(new_request("a", range(1, 13), [4, 5, 6]))
+    with pytest.raises(IntegrityError, match="slots"):
+        batch.add(new_request("b", [1], [0]))
+    assert batch.remove("a") == slot
+    assert batch.remove("a") is None
+    assert batch.add(new_request("b", [50], [9])) == slot
+    inputs = batch.build({"b": 1})
+    assert inputs is not None
+    assert inputs.input_ids.tolist() == [50]
+    assert inputs.attention.block_tables.tolist() == [[9]]
+    batch.update([CachedRequest("b", [8, 7], 0)])
+    batch.append(np.array([slot]), np.array([51]))
+    inputs = batch.build({"b": 2})
+    assert inputs is not None
+    assert inputs.input_ids.tolist() == [50, 51]
+
+
+@pytest.mark.parametrize("scheduled", [4, 100])
+def test_tokens_that_do_not_exist_are_refused(scheduled: int) -> None:
+    batch = _batch()
+    batch.add(new_request("a", [1, 2, 3], [0]))
+    with pytest.raises(IntegrityError, match="a is scheduled up to"):
+        batch.build({"a": scheduled})
+
+
+def test_missing_blocks_are_refused() -> None:
+    batch = _batch()
+    batch.add(new_request("a", range(5), [0]))
+    with pytest.raises(IntegrityError, match="1 blocks"):
+        batch.build({"a": 5})
+
+
+def test_a_full_context_still_samples() -> None:
+    batch = _batch()
+    slot = batch.add(new_request("a", range(32), range(8)))
+    inputs = batch.build({"a": 32})
+    assert inputs is not None
+    batch.append(np.array([slot]), np.array([7]))
+    assert len(batch.token_ids(slot)) == 33
+    with pytest.raises(IntegrityError, match="33 tokens"):
+        batch.add(new_request("b", range(33), range(9)))
+
+
+def test_broken_requests_are_left_out_until_they_come_again() -> None:
+    batch = _batch()
+    batch.add(new_request("a", [1, 2], [0]))
+    batch.add(new_request("b", [3, 4], [1]))
+    batch.set_broken(["a", "unknown"])
+    batch.update([CachedRequest("unknown", [], 1)])
+    inputs = batch.build({"a": 2, "unknown": 1, "b": 2})
+    assert inputs is not None
+    assert inputs.keys == ["b"]
+    assert batch.build({"a": 2}) is None
+    batch.remove("a")
+    batch.add(new_request("a", [1, 2], [0]))
+    inputs = batch.build({"a": 2, "b": 2})
+    assert inputs is not None
+    assert inputs.keys == ["a", "b"]

@@ -1,0 +1,82 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.core.config import EngineConfig
+from penstock.core.errors import ConfigError
+from penstock.execution.models.registry import LoadedModel
+from penstock.execution.runner import kv_memory
+from penstock.execution.runner.kv_memory import GIB, KV_CAP_FACTOR, KVPlan, activation_bytes, plan_kv_memory
+
+# Two layers of 2 heads of 16 float32 numbers, keys and values, 16 tokens.
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16
+CONFIG = EngineConfig(
+    memory_utilization=0.5,
+    max_num_batched_tokens=64,
+    max_num_seqs=8,
+    max_model_len=512,
+)
+
+
+def _plan(loaded: LoadedModel, config: EngineConfig, *, free: int = GIB, weights: int = 0) -> KVPlan:
+    return plan_kv_memory(
+        config,
+        loaded.config,
+        loaded.attention_backend,
+        torch.float32,
+        free_bytes=free,
+        weight_bytes=weights,
+        free_host_bytes=GIB,
+    )
+
+
+def test_takes_its_share_of_what_weights_and_activations_leave(loaded: LoadedModel) -> None:
+    activations = activation_bytes(CONFIG, loaded.config, torch.float32)
+    free = 2 * (activations + 1000 + 30 * BLOCK_BYTES)
+    plan = _plan(loaded, CONFIG, free=free, weights=1000)
+    assert plan == KVPlan(num_blocks=30, num_host_blocks=0, bytes_per_block=BLOCK_BYTES)
+    assert _plan(loaded, CONFIG, free=free, weights=1001).num_blocks == 29
+
+
+def test_never_more_than_all_requests_can_use(loaded: LoadedModel) -> None:
+    assert _plan(loaded, CONFIG).num_blocks == KV_CAP_FACTOR * 8 * 32
+
+
+def test_an_explicit_size_is_taken_as_it_is(loaded: LoadedModel) -> None:
+    config = dataclasses.replace(CONFIG, kv_cache_gib=7.5 * BLOCK_BYTES / GIB, swap_space_gib=3.9 * BLOCK_BYTES / GIB)
+    assert _plan(loaded, config) == KVPlan(num_blocks=7, num_host_blocks=3, bytes_per_block=BLOCK_BYTES)
+
+
+def test_errors_name_both_numbers_and_the_fix(loaded: LoadedModel) -> None:
+    tiny = dataclasses.replace(CONFIG, kv_cache_gib=3 * BLOCK_BYTES / GIB)
+    with pytest.raises(ConfigError, match=r"at least 0\.0 MiB .* raise --kv-cache-gib to at least 0\.0001\.") as caught:
+        _plan(loaded, tiny)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"needs at least .* but has 0\.0 MiB; raise --memory-utilization"):
+        _plan(loaded, CONFIG, free=1000)
+    with pytest.raises(ConfigError, match=r"--kv-cache-gib 2 is 2,048\.0 MiB but 1,024\.0 MiB are free"):
+        _plan(loaded, dataclasses.replace(CONFIG, kv_cache_gib=2))
+    with pytest.raises(ConfigError, match=r"--swap-space-gib 2 is 2,048\.0 MiB but 1,024\.0 MiB of main memory"):
+        _plan(loaded, dataclasses.replace(CONFIG, swap_space_gib=2))
+
+
+def test_a_short_context_needs_no_more_than_itself(loaded: LoadedModel) -> None:
+    config = dataclasses.replace(CONFIG, max_model_len=20, kv_cache_gib=2 * BLOCK_BYTES / GIB)
+    assert _plan(loaded, config).num_blocks == 2
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", None), (str(3 * 2**20), 2**20 + 2**19)])
+def test_a_containers_limit_counts(
+    limit: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("memory.max", "memory.current", "memory.stat")]
+    for file, text in zip(files, (limit, str(2 * 2**20), f"anon 5\ninactive_file {2**19}\n"), strict=True):
+        file.write_text(text)
+    monkeypatch.setattr(kv_memory, "_CGROUP_FILES", (tuple(str(file) for file in files),))
+    free = kv_memory.free_host_memory()
+    if expected is None:
+        assert free > 2**22
+    else:
+        assert free == expected
