@@ -20,6 +20,7 @@ import click
 import msgspec
 
 from penstock.core.config import EMBEDDED_MODEL
+from penstock.core.errors import PenstockError
 from penstock.workbench.bench.client import Client, Target
 from penstock.workbench.bench.environment import describe_environment
 from penstock.workbench.bench.load import run_async
@@ -111,7 +112,10 @@ def script_options(function: Callable[[Options], None]) -> click.Command:
     @click.option("--threads", default=0, show_default=True, help="CPU threads of the engine; 0: all cores.")
     @click.option("--kv-cache-gib", default=KV_CACHE_GIB, show_default=True, help="KV cache of each engine.")
     def command(**values: Any) -> None:
-        function(Options(**values))
+        try:
+            function(Options(**values))
+        except PenstockError as error:
+            raise click.ClickException(str(error)) from error
 
     return command
 

@@ -30,6 +30,7 @@ from penstock.workbench.bench.workload import Lengths, Workload
 # (concurrency, requests, prompt tokens, output tokens); big shapes run seconds per token.
 CASES = {"stories": [(1, 8, 64, 128), (8, 48, 64, 128), (32, 96, 64, 128)]}
 BIG_CASES = [(1, 1, 64, 24), (8, 8, 64, 24)]
+QUICK_CASES = [(4, 8, 32, 32)]
 
 
 @script_options
@@ -39,7 +40,7 @@ def main(options: Options) -> None:
     head = ["model", "users", "engine tok/s", "HTTP tok/s", "HTTP/engine (median, interval)", "slower"]
     rows = [[*head, "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "CPU s client/gateway/engine"]]
     for name in options.choose("stories", "tinyllama-1.1b", "qwen2.5-0.5b"):
-        for case in CASES.get(name, BIG_CASES):
+        for case in QUICK_CASES if options.quick else CASES.get(name, BIG_CASES):
             data = results.section(f"{name} c={case[0]}", partial(_measure, find_model(name, options), case, options))
             rows.append(_row(name, case[0], data))
     results.publish(

@@ -135,7 +135,7 @@ def test_old_python_and_missing_venv_module_are_one_line(install: ModuleType, mo
     with pytest.raises(install.InstallError, match=r"sudo apt install python3\.\d+-venv"):
         install.check_venv_module()
     monkeypatch.setattr(install, "MINIMUM_PYTHON", (3, 99))
-    with pytest.raises(install.InstallError, match="Python 3.11 or newer is needed"):
+    with pytest.raises(install.InstallError, match=r"Python 3\.11 or newer is needed"):
         install.check_python()
 
 

@@ -46,9 +46,10 @@ RUNNABLE = [block for block in BLOCKS if block.runnable]
 
 
 def environment() -> dict[str, str]:
-    """The virtual environment's programs first, one thread for arithmetic."""
+    """The virtual environment's programs first; engines small, with one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "NO_PROXY": "localhost,127.0.0.1"}
+    small = {"OMP_NUM_THREADS": "1", "PENSTOCK_THREADS": "1", "PENSTOCK_KV_CACHE_GIB": "0.05"}
+    return {**os.environ, "PATH": path, "NO_PROXY": "localhost,127.0.0.1", **small}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("readme") / "serve.log"
-    command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", str(port), "--kv-cache-gib", "0.05"]
+    command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment())
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +35,15 @@ def invoke(*arguments: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize("load", [["--rate", "500"], ["--concurrency", "2"], []])
-def test_serve_writes_a_table_and_json(load: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        (["--rate", "500"], "open loop, Poisson 500/s"),
+        (["--concurrency", "2"], "closed loop, 2 users"),
+        ([], "closed loop, 8 users"),
+    ],
+)
+def test_serve_writes_a_table_and_json(load: list[str], expected: str, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "report.json"
     with FakeOpenAI(cached=4) as server:
         result = invoke(
@@ -49,12 +57,21 @@ def test_serve_writes_a_table_and_json(load: list[str], tmp_path: Path) -> None:
     assert report.metrics.exact_arrivals == 6
     assert report.settings["model"] == "fake-model"
     assert report.settings["prompt_seed"] == 1
-    assert report.settings["arrival"] == ("OpenLoop" if "--rate" in load else "ClosedLoop")
+    assert report.settings["load"] == expected
     assert report.environment.cores >= 1
     assert report.environment.versions["penstock"]
     assert report.client_cpu_s > 0
     assert "k3y" not in path.read_text()
-    for words in ("6 completed, 0 failed", "TTFT ms", "ITL ms", "E2E ms", "goodput", "50.0% of prompt tokens", "CPU s"):
+    for words in (
+        expected,
+        "6 completed, 0 failed",
+        "TTFT ms",
+        "ITL ms",
+        "E2E ms",
+        "goodput",
+        "50.0% of prompt tokens",
+        "CPU s",
+    ):
         assert words in result.output
 
 
@@ -150,6 +167,14 @@ def test_offline_run_with_a_failed_request_is_not_a_figure() -> None:
     requests = Workload(input_lengths=Lengths(2, 2), output_lengths=Lengths(1, 1), seed=1).requests(2)
     with pytest.raises(BenchmarkError, match="1 of 2 requests failed: too long"):
         run_batch(Failing(), requests)
+
+
+def test_the_load_generator_needs_neither_torch_nor_a_web_framework() -> None:
+    modules = ("cli", "load", "report", "metrics", "offline", "startup")
+    imports = "; ".join(f"import penstock.workbench.bench.{module}" for module in modules)
+    heavy = "{'torch', 'fastapi', 'uvicorn', 'zmq', 'transformers'}"
+    code = f"import sys; {imports}; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 READY_SERVER = """

@@ -6,7 +6,9 @@ import asyncio
 import threading
 from concurrent.futures import Future
 from types import TracebackType
+from typing import Any
 
+import httpx
 from fastapi import FastAPI
 
 from penstock.core.config import ServerConfig
@@ -70,3 +72,20 @@ class GatewayServer:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         await serve(self.app, self.config, on_started=self._started.set_result, stop=self._stop)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error object of a response. Raises ValueError unless it has exactly OpenAI's shape and the response a request id."""
+    body = response.json()
+    error: dict[str, Any] = body["error"]
+    exact = (
+        response.headers["content-type"] == "application/json"
+        and bool(response.headers["x-request-id"])
+        and set(body) == {"error"}
+        and set(error) == {"message", "type", "param", "code"}
+        and all(isinstance(error[name], str) for name in ("message", "type"))
+        and all(error[name] is None or isinstance(error[name], str) for name in ("param", "code"))
+    )
+    if not exact:
+        raise ValueError(f"not an error object of OpenAI's shape: {body}")
+    return error

@@ -113,21 +113,27 @@ def test_layers_with_different_windows_share_one_step() -> None:
         torch.testing.assert_close(actual.double(), written_out(step, 0.25, sliding_window), atol=2e-6, rtol=1e-5)
 
 
-def test_a_decode_does_not_depend_on_who_shares_its_batch() -> None:
-    alone = make_step([60], [1])
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="measured with AVX-512 only")
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_a_decode_does_not_depend_on_who_shares_its_batch(sliding_window: int | None) -> None:
+    """To the last bit, over contexts of all sizes."""
+    lengths = [1, 15, 16, 17, 100, 130, 257, 300, 384, 385, 450, 512, 513, 700, 800, 1000, 1024, 1100, 1400, 1900]
+    step = make_step(lengths, [1] * len(lengths))
     backend = TorchPagedAttention()
-    expected = backend.attend(alone.query, alone.cache, alone.metadata, 0.25, None)
-    blocks = alone.metadata.block_tables[0].tolist()
-    for length in (1, 60, 64):
-        metadata = make_metadata([blocks, blocks], [60, min(length, 60)], [1, 1], BLOCK_SIZE, CPU)
-        pair = backend.attend(alone.query.repeat(2, 1, 1), alone.cache, metadata, 0.25, None)
-        torch.testing.assert_close(pair[:1], expected, atol=1e-6, rtol=0)
+    together = backend.attend(step.query, step.cache, step.metadata, 0.25, sliding_window)
+    tables = step.metadata.block_tables.tolist()
+    for row, length in enumerate(lengths):
+        for other in (row, *random.Random(row).sample(range(len(lengths)), 4)):
+            metadata = make_metadata([tables[row], tables[other]], [length, lengths[other]], [1, 1], BLOCK_SIZE, CPU)
+            pair = backend.attend(step.query[[row, other]], step.cache, metadata, 0.25, sliding_window)
+            assert torch.equal(pair[0], together[row]), (length, lengths[other])
 
 
 def test_one_long_context_does_not_pad_the_short_ones() -> None:
     lengths = np.array([100, 4000, 120, 90, 2100, 5])
     groups = [group.tolist() for group in group_by_length(lengths)]
     assert groups == [[1, 4], [0, 2, 3, 5]]
+    assert [group.tolist() for group in group_by_length(np.array([384, 200, 385, 700]))] == [[2, 3], [0, 1]]
     assert group_by_length(np.array([], dtype=np.int64)) == []
 
 

@@ -26,16 +26,26 @@ from penstock.execution.layers.options import LayerOptions
 
 CPU = torch.device("cpu")
 OPTIONS = LayerOptions(torch.float32, CPU, get_attention_backend("auto", CPU))
-LARGE = (1024, 1024)
 
 needs_packing = pytest.mark.skipif(not packing_available(), reason="this torch has no oneDNN")
 
 
-def test_kernel_follows_type_and_size() -> None:
+def test_kernel_follows_the_type() -> None:
     expected = PackedLinear if packing_available() else PlainLinear
-    assert isinstance(linear_kernel(torch.zeros(LARGE), None), expected)
-    assert isinstance(linear_kernel(torch.zeros(LARGE, dtype=torch.bfloat16), None), PlainLinear)
-    assert isinstance(linear_kernel(torch.zeros(16, 16), None), PlainLinear)
+    assert isinstance(linear_kernel(torch.zeros(16, 16), None), expected)
+    assert isinstance(linear_kernel(torch.zeros(16, 16, dtype=torch.bfloat16), None), PlainLinear)
+
+
+@needs_packing
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="measured with AVX-512 only")
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (512, 256), (1000, 896)])
+def test_a_token_has_the_same_result_in_every_batch(outputs: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kernel = PackedLinear(torch.randn(outputs, inputs, generator=generator), None)
+    x = torch.randn(256, inputs, generator=generator)
+    expected = kernel(x)
+    for tokens in (1, 2, 3, 8, 17, 33, 64, 100):
+        assert torch.equal(kernel(x[:tokens]), expected[:tokens])
 
 
 @needs_packing
@@ -118,17 +128,18 @@ def test_logits_of_embeddings(tied: bool, dtype: torch.dtype, stored_as: torch.d
 
 @needs_packing
 def test_a_tied_head_is_packed_when_the_lookup_table_can_be_small() -> None:
-    def memory(stored_as: torch.dtype, claimed: torch.dtype) -> tuple[int, int]:
-        embedding = VocabEmbedding(9000, 512, OPTIONS)
+    def memory(stored_as: torch.dtype, claimed: torch.dtype, rows: int = 9000) -> tuple[int, int]:
+        embedding = VocabEmbedding(rows, 512, OPTIONS)
         assert embedding.weight is not None
-        embedding.weight.data.copy_(torch.randn(9000, 512).to(stored_as))
-        head = LMHead(9000, 512, OPTIONS, tied_to=embedding)
+        embedding.weight.data.copy_(torch.randn(rows, 512).to(stored_as))
+        head = LMHead(rows, 512, OPTIONS, tied_to=embedding)
         head.finish_loading(embedding, claimed)
         return embedding.nbytes, head.nbytes
 
     elements = 9000 * 512
     assert memory(torch.bfloat16, torch.bfloat16) == (2 * elements, 4 * elements)
     assert memory(torch.float32, torch.float32) == (4 * elements, 0)
+    assert memory(torch.float32, torch.float32, rows=1000) == (4 * 1000 * 512, 4 * 1000 * 512)
     # A checkpoint whose numbers are finer than config.json says keeps them.
     assert memory(torch.float32, torch.bfloat16) == (4 * elements, 0)
 

@@ -1,6 +1,8 @@
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,13 +22,13 @@ GIB = 2**30
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16
 
 
-def _config(**changes: object) -> EngineConfig:
-    settings: dict[str, object] = {"device": "cpu", "threads": 1, "kv_cache_gib": 64 * BLOCK_BYTES / GIB}
-    return EngineConfig(**(settings | changes))
+def _config(**changes: Any) -> EngineConfig:
+    config = EngineConfig(device="cpu", threads=1, kv_cache_gib=64 * BLOCK_BYTES / GIB)
+    return dataclasses.replace(config, **changes)
 
 
 @contextmanager
-def _executor(checkpoint: Path, *, max_inflight: int = 1, **changes: object) -> Iterator[UniProcessExecutor]:
+def _executor(checkpoint: Path, *, max_inflight: int = 1, **changes: Any) -> Iterator[UniProcessExecutor]:
     executor = UniProcessExecutor(_config(**changes), checkpoint, max_inflight=max_inflight)
     try:
         yield executor
@@ -55,29 +57,40 @@ SAMPLINGS = [
 ]
 
 
+PROMPTS = [[*range(30), *range(index, 4 * index)] for index in range(12)]
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedModel) -> list[list[int]]:
+    """What each request gives when it runs alone."""
+    samplings = [SAMPLINGS[index % 4] for index in range(len(PROMPTS))]
+    return [
+        solo_tokens(loaded, prompt, sampling.max_tokens or 0, sampling, seed=sampling.seed or 0)
+        for prompt, sampling in zip(PROMPTS, samplings, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("max_inflight", [1, 2, 4])
 def test_an_engine_gives_the_tokens_of_solo_runs_at_any_depth(
-    checkpoint: Path, loaded: LoadedModel, max_inflight: int
+    checkpoint: Path, expected: list[list[int]], max_inflight: int
 ) -> None:
     """Little room and a small budget: prompts come in chunks, requests are preempted, prefixes are shared."""
-    with _executor(
-        checkpoint,
-        max_inflight=max_inflight,
-        kv_cache_gib=11.5 * BLOCK_BYTES / GIB,
-        swap_space_gib=8 * BLOCK_BYTES / GIB,
-    ) as executor:
+    changes = {"kv_cache_gib": 11.5 * BLOCK_BYTES / GIB, "swap_space_gib": 64 * BLOCK_BYTES / GIB}
+    with _executor(checkpoint, max_inflight=max_inflight, **changes) as executor:
         limits = LiveLimits(max_num_batched_tokens=24, max_num_seqs=6, max_prefill_tokens_while_decoding=10)
         engine = Engine(executor, limits)
-        prompts = [[*range(30), *range(index, 4 * index)] for index in range(12)]
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(PROMPTS):
             engine.add(make_request(prompt, request_id=str(index), sampling=SAMPLINGS[index % 4]))
         tokens = run_to_end(engine).tokens
         assert engine.stats().preemptions > 0
+        # By now the first prompts live in the host tier only.
+        for index, prompt in enumerate(PROMPTS[:3]):
+            engine.add(make_request(prompt, request_id=f"again {index}", sampling=SAMPLINGS[index % 4]))
+        again = run_to_end(engine).tokens
         assert engine.stats().prefix_hit_tokens > 0
-    for index, prompt in enumerate(prompts):
-        sampling = SAMPLINGS[index % 4]
-        expected = solo_tokens(loaded, prompt, sampling.max_tokens or 0, sampling, seed=sampling.seed or 0)
-        assert tokens[str(index), 0] == expected
+        assert engine.stats().swapped_in_blocks > 0
+    assert [tokens[str(index), 0] for index in range(len(PROMPTS))] == expected
+    assert [again[f"again {index}", 0] for index in range(3)] == expected[:3]
 
 
 @pytest.mark.parametrize("max_inflight", [1, 3])

@@ -47,6 +47,8 @@ def test_never_more_than_all_requests_can_use(loaded: LoadedModel) -> None:
 def test_an_explicit_size_is_taken_as_it_is(loaded: LoadedModel) -> None:
     config = dataclasses.replace(CONFIG, kv_cache_gib=7.5 * BLOCK_BYTES / GIB, swap_space_gib=3.9 * BLOCK_BYTES / GIB)
     assert _plan(loaded, config) == KVPlan(num_blocks=7, num_host_blocks=3, bytes_per_block=BLOCK_BYTES)
+    more_than_running_requests_need = dataclasses.replace(CONFIG, kv_cache_gib=0.5)
+    assert _plan(loaded, more_than_running_requests_need).num_blocks == GIB // 2 // BLOCK_BYTES
 
 
 def test_errors_name_both_numbers_and_the_fix(loaded: LoadedModel) -> None:

@@ -260,6 +260,14 @@ async def test_too_long_says_the_numbers(
         assert str(number) in error.message
 
 
+async def test_a_chat_that_is_too_long_names_its_messages(byte_level: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hello " * 2000}]
+    async with running(FakeEngineOptions(vocab_size=400), byte_level) as (engine, _):
+        error = await refused(engine, make_request(ChatPrompt(messages)))
+    assert isinstance(error, ContextLengthError)
+    assert error.param == "messages"
+
+
 async def test_the_cache_limits_too() -> None:
     async with running(FakeEngineOptions(kv_cache_tokens=64)) as (engine, _):
         error = await refused(engine, make_request(max_tokens=100))

@@ -156,6 +156,7 @@ async def test_a_stream_goes_on_where_it_was(engine: AsyncEngine) -> None:
     engine.engine_lost("killed")
     assert first.closed
     second = start(engine)
+    assert engine.health().details["restarts"] == 1
     again = second.submitted[0]
     assert (again.attempt, again.samples, again.sampling.seed) == (1, [SampleStart(0, [10, 11])], 3)
     await second.tokens("r", 2, [12], attempt=1)
@@ -279,6 +280,7 @@ async def test_what_never_showed_output_is_replayed_in_growing_groups(engine: As
     await third.tokens("waiting-3", 0, [1], attempt=1, finish="stop")
     assert third.submitted_ids == ["waiting-3", "waiting-4", "waiting-5"]
     await engine.close()
+    await asyncio.gather(*(reader.task for reader in waiting), return_exceptions=True)
 
 
 async def test_an_aborted_member_does_not_hold_its_group_up(engine: AsyncEngine) -> None:

@@ -32,9 +32,13 @@ from penstock.execution.attention.context import AttentionMetadata
 # Contexts up to this many tokens share a batch whatever their lengths: padding them costs less than another call.
 _SMALL_CONTEXT = 64
 
-# Contexts are padded to a multiple of this many tokens. Sums over a context run in vector lanes, and a rest that does not fill the
-# lanes is summed in another order; without a rest, the result is the same to the last bit whatever the padding is.
+# A decode's result should not depend, to the last bit, on whose contexts it is padded with. Adding zeros changes no sum, but the
+# operators choose the order of summation by the padded length: vector lanes of 16 and a rest; pieces of 512, which are cut in two halves
+# when they are longer than 384 (measured with AVX-512). So contexts are padded such that every element has the same order in
+# every batch; see `padded_length`.
 _LANES = 16
+_PIECE = 512
+_UNCUT = 384
 
 # Query tokens of one request that are attended to in one call.
 _MAX_CHUNK = 1024
@@ -167,15 +171,28 @@ def make_plan(metadata: AttentionMetadata, block_size: int, sliding_window: int 
 def group_by_length(
     lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
 ) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Split indices so that within a group no length is below half of the longest, small lengths excepted."""
+    """Split indices so that within a group no length is below half of the longest, small lengths excepted, and that lengths up to
+    `_UNCUT` are not padded beyond it."""
     order = np.argsort(-lengths, kind="stable")
     groups = []
     while len(order):
         bound = lengths[order[0]] // 2
-        size = len(order) if bound < _SMALL_CONTEXT else int(np.searchsorted(-lengths[order], -bound, side="right"))
+        if bound < _SMALL_CONTEXT:
+            bound = 0
+        elif lengths[order[0]] > _UNCUT:
+            bound = max(bound, _UNCUT + 1)
+        size = int(np.searchsorted(-lengths[order], -bound, side="right"))
         groups.append(np.sort(order[:size]))
         order = order[size:]
     return groups
+
+
+def padded_length(length: int) -> int:
+    """The least length to which a context may be padded; alone or in a group of `group_by_length`, longer is as good."""
+    rest = length % _PIECE
+    if length > _UNCUT and rest > _PIECE // 2:
+        return length - rest + _PIECE
+    return -(-length // _LANES) * _LANES
 
 
 def _visible_lengths(
@@ -194,7 +211,7 @@ def _plan_decodes(
 ) -> DecodeBatch:
     device = metadata.block_tables.device
     lengths = _visible_lengths(metadata, sliding_window)[rows]
-    longest = -(-int(lengths.max()) // _LANES) * _LANES
+    longest = max(padded_length(length) for length in lengths.tolist())
     whole = len(rows) == metadata.num_decodes
     row_index = None if whole else torch.from_numpy(rows).to(device)
     seq_lens = metadata.seq_lens[: metadata.num_decodes]

@@ -13,6 +13,9 @@ from penstock.execution.layers.weight import Weight
 # Rows compared at once when a smaller copy of a table is checked, so that the check needs no second table.
 _ROWS_PER_CHECK = 4096
 
+# Up to this many bytes, a tied table may be in memory twice.
+_SMALL_TABLE = 16 * 2**20
+
 
 class VocabEmbedding(nn.Module):
     """Token ids int64 [T] → vectors [T, hidden_size], a fresh tensor that the caller may change."""
@@ -53,7 +56,7 @@ class LMHead(nn.Module):
 
     A packed head is about twice as fast for small batches, but nothing can be looked up in a packed table. So where the
     checkpoint is stored in half precision and arithmetic is float32, lookups read a table of the stored type and the head has the
-    float32 one for itself; everywhere else the two share one plain table.
+    float32 one for itself. Small tables are simply kept twice. Everywhere else the two share one plain table.
     """
 
     def __init__(
@@ -79,8 +82,8 @@ class LMHead(nn.Module):
         """
         if self.weight is None:
             return
-        if self.tied and packing_pays(self.weight) and embedding.shrink(stored_as):
-            self.tied = False
+        if self.tied and packing_pays(self.weight):
+            self.tied = not (embedding.shrink(stored_as) or self.weight.nbytes <= _SMALL_TABLE)
         if not self.tied:
             self._kernel = linear_kernel(self.weight.data, None)
         self.weight = None

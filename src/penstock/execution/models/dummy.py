@@ -12,9 +12,9 @@ _STD = 0.02
 
 
 def fill_with_random_numbers(model: CausalLM, seed: int) -> None:
-    """Normal numbers of standard deviation 0.02, the same for the same seed; norms get ones."""
+    """Normal numbers of standard deviation 0.02, the same for the same seed, such as the checkpoint's type can hold; norms get ones."""
     generator = torch.Generator().manual_seed(seed)
-    buffer = torch.empty(_BUFFER_LENGTH).normal_(std=_STD, generator=generator)
+    buffer = torch.empty(_BUFFER_LENGTH).normal_(std=_STD, generator=generator).to(model.config.dtype)
     offset = 0
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):

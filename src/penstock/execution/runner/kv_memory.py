@@ -3,8 +3,8 @@
     free memory before the weights ┤ share that is ours (memory_utilization) ├ the rest of the machine
                                    [ weights | activations of a full step | KV cache ]
 
-or --kv-cache-gib, which is taken as it is. Never more than KV_CAP_FACTOR times what max_num_seqs requests of full length need: those
-can all run at once, and as much again holds prefixes for reuse; more would only be touched by a cache that is never asked for.
+but never more than KV_CAP_FACTOR times what max_num_seqs requests of full length need: those can all run at once, and as much again
+holds prefixes for reuse. Who wants more says so with --kv-cache-gib, which is taken as it is.
 On a CPU the memory is reserved but not touched until a block is used, so the process grows with its load.
 """
 
@@ -105,6 +105,7 @@ def plan_kv_memory(
     wanted = -(-min(config.max_model_len, MIN_REQUEST_TOKENS) // block_size)
     if config.kv_cache_gib:
         room = int(config.kv_cache_gib * GIB)
+        num_blocks = room // bytes_per_block
         fix = f"raise --kv-cache-gib to at least {_gib_up(wanted * bytes_per_block)}"
         if room > free_bytes - weight_bytes:
             raise ConfigError(
@@ -114,8 +115,8 @@ def plan_kv_memory(
     else:
         share = int(config.memory_utilization * free_bytes)
         room = share - weight_bytes - activation_bytes(config, model, dtype)
+        num_blocks = min(room // bytes_per_block, KV_CAP_FACTOR * config.max_num_seqs * blocks_per_request)
         fix = "raise --memory-utilization, lower --max-num-batched-tokens, or take a smaller model"
-    num_blocks = min(room // bytes_per_block, KV_CAP_FACTOR * config.max_num_seqs * blocks_per_request)
     if num_blocks < wanted:
         raise ConfigError(
             f"The KV cache needs at least {_mib(wanted * bytes_per_block)} for one request but has {_mib(max(0, room))}; {fix}."

@@ -30,13 +30,14 @@ def apply_penalties(
 ) -> Tensor:
     """Penalised logits [M, V].
 
-    logits: float32 [M, V]; output_counts: int32 [M, V]; in_prompt: bool [M, V]; presence, frequency, repetition: float32 [M].
+    logits, output_counts: float32 [M, V]; in_prompt: bool [M, V]; presence, frequency, repetition: float32 [M].
     """
-    in_output = output_counts > 0
-    factor = torch.where(in_output | in_prompt, repetition.unsqueeze(1), 1.0)
-    logits = torch.where(logits > 0, logits / factor, logits * factor)
-    logits = logits - frequency.unsqueeze(1) * output_counts
-    return logits - presence.unsqueeze(1) * in_output
+    in_output = output_counts.clamp(max=1.0)
+    factor = 1.0 + torch.maximum(in_output, in_prompt) * (repetition - 1.0).unsqueeze(1)
+    # One of the two summands is zero; this reads like a torch.where but is several times faster on a CPU.
+    logits = logits.clamp(min=0.0).div_(factor).add_(logits.clamp(max=0.0).mul_(factor))
+    logits.addcmul_(output_counts, frequency.unsqueeze(1), value=-1.0)
+    return logits.addcmul_(in_output, presence.unsqueeze(1), value=-1.0)
 
 
 class PenaltyState:
@@ -45,7 +46,8 @@ class PenaltyState:
     def __init__(self, vocab_size: int, max_slots: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._counts = SlotTable(vocab_size, torch.int32, device, max_slots)
+        # Floats, exact up to 2**24, because they are only multiplied.
+        self._counts = SlotTable(vocab_size, torch.float32, device, max_slots)
         self._in_prompt = SlotTable(vocab_size, torch.bool, device, max_slots)
         # Presence, frequency and repetition penalty of each slot.
         self._weights: npt.NDArray[np.float32] = np.zeros((max_slots, 3), dtype=np.float32)
@@ -58,7 +60,7 @@ class PenaltyState:
         counts = self._counts.acquire(slot)
         in_prompt = self._in_prompt.acquire(slot)
         ids = self._valid_ids(output)
-        counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
         in_prompt[self._valid_ids(prompt)] = True
 
     def remove(self, slot: int) -> None:

@@ -218,6 +218,7 @@ class AsyncEngine:
         return current or self._last_stats
 
     def health(self) -> Health:
+        """`details`: "requests" in flight, "restarts" of the engine so far, "seconds_without_progress" of the engine of now."""
         link = self._link
         reason = ""
         if self._gone is not None:
@@ -230,7 +231,7 @@ class AsyncEngine:
             reason = "the server is shutting down"
         details = {
             "requests": len(self._requests),
-            "engine_starts": self.engine_starts,
+            "restarts": max(0, self.engine_starts - 1),
             "seconds_without_progress": 0.0 if link is None else round(link.silent_s, 1),
         }
         return Health(live=True, ready=not reason, reason=reason, details=details)
@@ -283,11 +284,14 @@ class AsyncEngine:
             if request.request_id in self._aborted_early:
                 raise AbortedError("The request was aborted.")
             model = await self.model_info()
-            check_prompt(
-                token_ids, model.vocab_size, "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
-            )
+            param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            check_prompt(token_ids, model.vocab_size, param)
             sampling = complete_sampling(
-                request.sampling, len(token_ids), model, has_tokenizer=self.tokenizer is not None
+                request.sampling,
+                len(token_ids),
+                model,
+                has_tokenizer=self.tokenizer is not None,
+                prompt_param=param,
             )
             state = RequestState(request, token_ids, sampling, self.tokenizer, deadline)
             self._requests[request.request_id] = state

@@ -29,9 +29,15 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
 
 
 def complete_sampling(
-    sampling: SamplingParams, num_prompt_tokens: int, model: ModelInfo, *, has_tokenizer: bool
+    sampling: SamplingParams,
+    num_prompt_tokens: int,
+    model: ModelInfo,
+    *,
+    has_tokenizer: bool,
+    prompt_param: str = "prompt",
 ) -> SamplingParams:
-    """Check against the model, and fill in what the client left open: a seed, and as many tokens as fit.
+    """Check against the model, and fill in what the client left open: a seed, and as many tokens as fit. `prompt_param`: the field
+    that holds the prompt.
 
     Raises InvalidRequestError naming the field, ContextLengthError with both numbers.
     """
@@ -45,11 +51,11 @@ def complete_sampling(
     return msgspec.structs.replace(
         sampling,
         seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-        max_tokens=fit_max_tokens(sampling.max_tokens, num_prompt_tokens, model),
+        max_tokens=fit_max_tokens(sampling.max_tokens, num_prompt_tokens, model, prompt_param),
     )
 
 
-def fit_max_tokens(max_tokens: int | None, num_prompt_tokens: int, model: ModelInfo) -> int:
+def fit_max_tokens(max_tokens: int | None, num_prompt_tokens: int, model: ModelInfo, prompt_param: str) -> int:
     """`max_tokens`, or what is left when it is None. Raises ContextLengthError when prompt and output do not fit."""
     room = model.max_request_tokens - num_prompt_tokens
     needed = 1 if max_tokens is None else max_tokens
@@ -63,5 +69,5 @@ def fit_max_tokens(max_tokens: int | None, num_prompt_tokens: int, model: ModelI
     raise ContextLengthError(
         f"This request needs {requested}, but the model's limit is {model.max_model_len} tokens "
         f"and the KV cache holds {model.kv_cache_tokens}.",
-        param="max_tokens" if max_tokens is not None and room > 0 else "prompt",
+        param="max_tokens" if max_tokens is not None and room > 0 else prompt_param,
     )

@@ -71,7 +71,12 @@ def _describe_operation(path: str, method: str, operation: dict[str, Any]) -> No
         content = {"application/json": _ref(response.__name__)}
     if path in _STREAMS:
         content["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"Events with {_STREAMS[path].__name__} objects, then [DONE]."}
+            "schema": {
+                "type": "object",
+                "description": f"Each event's data is a {_STREAMS[path].__name__} object as JSON; the last is [DONE].",
+                "properties": {"data": {"type": "string"}},
+                "required": ["data"],
+            }
         }
     operation["responses"] = {
         "200": {"description": "Success.", "content": content},

@@ -140,7 +140,7 @@ def serve(**values: Any) -> int:
 @engine_options
 def offline(**values: Any) -> None:
     """Measure an engine in this process: prompt tokens per second, output tokens per second."""
-    from penstock.workbench.bench.offline import measure_offline
+    from penstock.workbench.bench.offline import Generator, measure_offline
     from penstock.workbench.bench.report import offline_table
 
     if values["count"] < 1:
@@ -149,7 +149,7 @@ def offline(**values: Any) -> None:
     engine = {field.name: values[field.name] for field in dataclasses.fields(EngineConfig)}
     EngineConfig(**engine)
 
-    def load() -> Any:
+    def load() -> Generator:
         from penstock.llm import LLM
 
         return LLM(**engine)
@@ -190,11 +190,14 @@ async def _measure_server(values: dict[str, Any]) -> ServeReport:
     closed = ClosedLoop(8 if values["concurrency"] is None else values["concurrency"])
     arrival = closed if values["rate"] is None else OpenLoop(values["rate"], workload.seed)
     run = await run_load(target, workload, arrival, values["count"], warmup=values["warmup"])
+    load = (
+        f"closed loop, {closed.concurrency} users" if arrival is closed else f"open loop, Poisson {values['rate']:g}/s"
+    )
     objectives = Objectives(ttft_s=values["slo_ttft"], tpot_s=values["slo_tpot"], e2e_s=values["slo_e2e"])
     metrics = summarize(run.records, objectives)
     return ServeReport(
         environment=environment,
-        settings=_settings(values, seed=workload.seed, model=target.model, arrival=type(arrival).__name__),
+        settings=_settings(values, seed=workload.seed, model=target.model, load=load),
         objectives=objectives,
         metrics=metrics,
         samples={record.error: record.detail for record in run.records if record.error is not None},

@@ -116,6 +116,7 @@ def serve_table(report: ServeReport) -> str:
 def _serve_summary(report: ServeReport) -> list[str]:
     metrics = report.metrics
     lines = [
+        f"load        {report.settings.get('load', '')}",
         f"requests    {metrics.completed} completed, {metrics.failed} failed in {metrics.duration_s:.2f} s "
         f"({metrics.request_throughput:.2f}/s)",
         f"tokens      {metrics.prompt_tokens} in, {metrics.output_tokens} out "

@@ -44,5 +44,5 @@ def add_routes(app: FastAPI, gateway: Gateway) -> None:
 
 async def _sample(name: str, client: EngineClient) -> EngineSample:
     health = client.health()
-    restarts = health.details.get("restarts", 0)
-    return EngineSample(name, health.ready, restarts if isinstance(restarts, int) else 0, await client.stats())
+    starts = health.details.get("engine_starts", 0)
+    return EngineSample(name, health.ready, max(0, starts - 1), await client.stats())
