@@ -9,7 +9,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.core.types import EngineStats, LiveLimits
-from penstock.engine import stats as engine_stats
 from penstock.telemetry import metrics as m
 from penstock.telemetry.docs import metrics_page
 from penstock.telemetry.exporter import EngineSample, render
@@ -41,11 +40,6 @@ def test_names_follow_the_conventions(metric: m.Metric) -> None:
 
 def test_names_are_unique() -> None:
     assert len({metric.name for metric in m.METRICS}) == len(m.METRICS)
-
-
-def test_step_buckets_are_those_that_the_engine_counts_in() -> None:
-    assert m.STEP_SECONDS_BUCKETS == engine_stats.STEP_SECONDS_BOUNDS
-    assert m.STEP_TOKENS_BUCKETS == engine_stats.STEP_TOKENS_BOUNDS
 
 
 def test_histogram_bounds_are_inclusive() -> None:

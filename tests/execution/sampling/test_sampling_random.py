@@ -1,3 +1,4 @@
+import pytest
 import torch
 from tests.execution.sampling.reference_sampler import reference_uniform
 
@@ -58,3 +59,11 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     numbers = uniforms(stream_keys(seeds, indices), positions)
     alone = [_uniform(int(s), int(i), int(p)) for s, i, p in zip(seeds, indices, positions, strict=True)]
     assert numbers.tolist() == alone
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_bits() -> None:
+    seeds, indices, positions = torch.randint(-(2**62), 2**62, (1000,)), torch.arange(1000) % 5, torch.arange(1000)
+    here = uniforms(stream_keys(seeds, indices), positions)
+    there = uniforms(stream_keys(seeds.cuda(), indices.cuda()), positions.cuda())
+    assert torch.equal(here, there.cpu())

@@ -48,7 +48,7 @@ class PackedLinear:
 
     F.linear packs the weight again in every call, which costs more than the product itself for batches between 2 and about 64
     tokens. The packed weight replaces the plain one and takes the same memory. Small weights are packed too, although that makes a
-    single token some 10 microseconds slower: a token's result is then the same to the last bit in every batch (measured with
+    single token some tens of microseconds slower: a token's result is then the same to the last bit in every batch (measured with
     AVX-512 from 1 to 600 tokens; a token alone is the exception when in_features is above 1024).
     """
 

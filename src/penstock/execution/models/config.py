@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from penstock.core.errors import ModelFormatError
 from penstock.execution.layers.rotary import ROPE_TYPES, RopeConfig, RopeType
 from penstock.execution.models.fields import Fields
 
@@ -126,9 +126,8 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     rope_type = rope.string("rope_type", rope.string("type", "default"))
     if rope_type not in ROPE_TYPES:
         rope.fail("rope_type", f"{rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    for key in ("partial_rotary_factor",):
-        if rope.number(key, fields.number(key, 1.0)) != 1.0:
-            rope.fail(key, "partial rotation is not supported; only 1.0 is")
+    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
+        rope.fail("partial_rotary_factor", "partial rotation is not supported; only 1.0 is")
     if rope_type == "default":
         return RopeConfig(theta=theta)
     original = max_position_embeddings
@@ -139,7 +138,7 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
         )
     factor_default = max_position_embeddings / original if rope_type == "yarn" else None
     config = RopeConfig(
-        rope_type=_rope_type(rope_type),
+        rope_type=cast(RopeType, rope_type),
         theta=theta,
         factor=rope.number("factor", factor_default),
         original_max_position_embeddings=original,
@@ -155,13 +154,6 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     if config.high_freq_factor <= config.low_freq_factor:
         rope.fail("high_freq_factor", f"must be above low_freq_factor = {config.low_freq_factor}")
     return config
-
-
-def _rope_type(name: str) -> RopeType:
-    for rope_type in ROPE_TYPES:
-        if name == rope_type:
-            return rope_type  # type: ignore[return-value]
-    raise ModelFormatError(f"unknown rope_type {name!r}")
 
 
 def _sliding_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:

@@ -98,4 +98,5 @@ class _MergedDelta:
             prompt_logprobs=first.prompt_logprobs,
             finish_reason=self._finish_reason,
             stop_reason=self._stop_reason,
+            queue_time_s=first.queue_time_s,
         )

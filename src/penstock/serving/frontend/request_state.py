@@ -118,6 +118,7 @@ class RequestState:
                 prompt_logprobs=self._prompt_logprobs if report_prompt else None,
                 finish_reason=news.finish_reason,
                 stop_reason=news.stop_reason,
+                queue_time_s=delta.queue_time_s,
             )
         )
         return news.cut
