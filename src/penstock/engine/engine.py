@@ -32,10 +32,11 @@ from penstock.core.types import (
 )
 from penstock.engine.executor import Executor, StepHandle
 from penstock.engine.kv_cache_manager import KVCacheManager
+from penstock.engine.plan import Update
 from penstock.engine.policy import make_policy
 from penstock.engine.prefix_cache import root_hash
 from penstock.engine.request import Request
-from penstock.engine.scheduler import Scheduler, Update
+from penstock.engine.scheduler import Scheduler
 from penstock.engine.stats import Counters
 from penstock.engine.step import SchedulerOutput
 

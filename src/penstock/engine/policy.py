@@ -75,12 +75,6 @@ class WaitingQueue:
             heapq.heappop(self._heap)
         return None
 
-    def pop(self) -> Request:
-        """Remove what `peek` returned."""
-        _, _, request = heapq.heappop(self._heap)
-        self._length -= 1
-        return request
-
     def discard(self, request: Request) -> None:
         """Count out a WAITING request; the caller changes its status next."""
         self._length -= 1

@@ -15,71 +15,14 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from dataclasses import dataclass, field
 
 from penstock.core.errors import IntegrityError
-from penstock.core.types import FinishReason, LiveLimits, TokenLogprobs
+from penstock.core.types import FinishReason, LiveLimits
 from penstock.engine.kv_cache_manager import KVCacheManager
+from penstock.engine.plan import InflightStep, StepPart, StepPlan, Update
 from penstock.engine.policy import Policy, WaitingQueue
 from penstock.engine.request import Request, RequestStatus
 from penstock.engine.step import CachedRequest, NewRequest, RequestKey, RunnerOutput, SchedulerOutput
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A step being filled: what is left of the budgets, and who got how many tokens."""
-
-    budget: int
-    prefill_budget: int
-    scheduled: dict[Request, int] = field(default_factory=dict)
-    new_blocks: dict[Request, list[int]] = field(default_factory=dict)
-
-    def add(self, request: Request, num_tokens: int, new_blocks: list[int]) -> None:
-        self.scheduled[request] = num_tokens
-        self.new_blocks[request] = new_blocks
-        self.budget -= num_tokens
-        if request.num_uncomputed_tokens > 1:
-            self.prefill_budget -= num_tokens
-
-    def remove(self, request: Request) -> None:
-        num_tokens = self.scheduled.pop(request, 0)
-        self.new_blocks.pop(request, None)
-        self.budget += num_tokens
-
-    def share_of(self, request: Request) -> int:
-        """How many tokens of `request` this step may still run."""
-        wanted = request.num_uncomputed_tokens
-        return min(wanted, self.budget) if wanted == 1 else min(wanted, self.budget, max(self.prefill_budget, 0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One request's part of a step in flight. `samples`: the step catches up with the request and samples its next token."""
-
-    request: Request
-    num_tokens: int
-    epoch: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class _InflightStep:
-    output: SchedulerOutput
-    parts: list[_Part]
-    void: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What a retired step means for one request. `offset`: output tokens before `token_ids`."""
-
-    request: Request
-    offset: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    error: str | None = None
 
 
 class Scheduler:
@@ -97,7 +40,7 @@ class Scheduler:
         self.waiting = WaitingQueue(policy)
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self._inflight: OrderedDict[int, _InflightStep] = OrderedDict()
+        self._inflight: OrderedDict[int, InflightStep] = OrderedDict()
         self._next_step_id = 0
         self._finished_keys: list[RequestKey] = []
         self._preempted_keys: list[RequestKey] = []
@@ -148,7 +91,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when nothing can run before a step in flight retires (or at all)."""
-        plan = _Plan(self._token_budget, self._token_budget)
+        plan = StepPlan(self._token_budget, self._token_budget)
         if self._suspects:
             self._schedule_suspect(plan)
         else:
@@ -163,7 +106,7 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         return budget if budget is not None else 2**31
 
-    def _schedule_running(self, plan: _Plan) -> None:
+    def _schedule_running(self, plan: StepPlan) -> None:
         needy = [request for request in self.running if request.num_uncomputed_tokens > 0]
         decodes = [request for request in needy if request.num_uncomputed_tokens == 1]
         for request in decodes:
@@ -175,7 +118,7 @@ class Scheduler:
             if request.num_uncomputed_tokens > 1:
                 self._extend(plan, request)
 
-    def _extend(self, plan: _Plan, request: Request) -> None:
+    def _extend(self, plan: StepPlan, request: Request) -> None:
         """Schedule tokens of a running request, preempting from the end of the order to make room."""
         if request.status is not RequestStatus.RUNNING:
             return
@@ -193,7 +136,7 @@ class Scheduler:
                 return
         plan.add(request, num_tokens, blocks)
 
-    def _schedule_waiting(self, plan: _Plan) -> None:
+    def _schedule_waiting(self, plan: StepPlan) -> None:
         max_num_seqs = self.limits.max_num_seqs or 2**31
         while plan.budget > 0 and (request := self.waiting.peek()) is not None:
             if request.num_inflight:
@@ -203,7 +146,7 @@ class Scheduler:
             if not self._admit(plan, request) and not self._displace(plan, request):
                 return
 
-    def _displace(self, plan: _Plan, request: Request) -> bool:
+    def _displace(self, plan: StepPlan, request: Request) -> bool:
         """Preempt the last running request for `request`, if the policy finds it worth it."""
         if not self.running or not self.policy.may_displace(request, self.running[-1]):
             return False
@@ -212,7 +155,7 @@ class Scheduler:
         self._preempt(plan, self.running[-1])
         return True
 
-    def _admit(self, plan: _Plan, request: Request) -> bool:
+    def _admit(self, plan: StepPlan, request: Request) -> bool:
         """Move a waiting request to running and schedule its first tokens. False when budget or blocks are short."""
         leader = request.leader
         if leader is not None and leader.block_ids and leader.num_computed_tokens >= request.num_prompt_tokens > 1:
@@ -228,15 +171,15 @@ class Scheduler:
         self._start(plan, request, num_tokens, match.num_tokens)
         return True
 
-    def _admit_fork(self, plan: _Plan, request: Request, leader: Request) -> bool:
+    def _admit_fork(self, plan: StepPlan, request: Request, leader: Request) -> bool:
         if not self.kv.fork(request, leader, request.num_prompt_tokens):
             return False
         request.num_computed_tokens = request.num_prompt_tokens - 1
         self._start(plan, request, 1, leader.num_cached_tokens)
         return True
 
-    def _start(self, plan: _Plan, request: Request, num_tokens: int, num_cached_tokens: int) -> None:
-        self.waiting.pop()
+    def _start(self, plan: StepPlan, request: Request, num_tokens: int, num_cached_tokens: int) -> None:
+        self.waiting.discard(request)
         request.leader = None
         request.status = RequestStatus.RUNNING
         request.num_retired_tokens = request.num_computed_tokens
@@ -245,7 +188,7 @@ class Scheduler:
         bisect.insort(self.running, request, key=self.policy.key)
         plan.add(request, num_tokens, [])
 
-    def _schedule_suspect(self, plan: _Plan) -> None:
+    def _schedule_suspect(self, plan: StepPlan) -> None:
         """After a failed step its requests run one at a time, so that the one that makes steps fail fails alone."""
         request = self._suspects[0]
         if self._inflight:
@@ -253,28 +196,12 @@ class Scheduler:
         if request.status is RequestStatus.FOLLOWING:
             raise IntegrityError(f"{request!r} is suspect but never ran")
         while request.status is RequestStatus.WAITING:
-            if self._admit_suspect(plan, request):
+            if self._admit(plan, request):
                 return
             self._preempt(plan, self.running[-1])
         self._extend(plan, request)
 
-    def _admit_suspect(self, plan: _Plan, request: Request) -> bool:
-        match = self.kv.match_prefix(request)
-        if not self.kv.fits(request, match, request.num_tokens):
-            return False
-        request.num_computed_tokens = match.num_tokens
-        num_tokens = plan.share_of(request)
-        self.kv.admit(request, match, match.num_tokens + num_tokens)
-        # It may not be the head of the queue: count it out and leave its entry to lazy removal.
-        self.waiting.discard(request)
-        request.leader = None
-        request.status = RequestStatus.RUNNING
-        request.num_retired_tokens = request.num_computed_tokens
-        bisect.insort(self.running, request, key=self.policy.key)
-        plan.add(request, num_tokens, [])
-        return True
-
-    def _preempt(self, plan: _Plan | None, request: Request) -> None:
+    def _preempt(self, plan: StepPlan | None, request: Request) -> None:
         """Take the blocks from a running request; it is computed again later, from prompt and output so far."""
         if plan is not None:
             plan.remove(request)
@@ -306,7 +233,7 @@ class Scheduler:
             follower.leader = first
         self.waiting.push(first)
 
-    def _commit(self, plan: _Plan) -> SchedulerOutput:
+    def _commit(self, plan: StepPlan) -> SchedulerOutput:
         step = SchedulerOutput(self._next_step_id)
         self._next_step_id += 1
         moves = self.kv.take_moves(step.step_id)
@@ -329,10 +256,10 @@ class Scheduler:
             request.last_step_id = step.step_id
             samples = request.num_computed_tokens == request.num_tokens + request.num_pending
             request.num_pending += samples
-            parts.append(_Part(request, num_tokens, request.epoch, samples))
+            parts.append(StepPart(request, num_tokens, request.epoch, samples))
             if request.followers and request.num_computed_tokens >= request.num_prompt_tokens:
                 self._release_followers(request)
-        self._inflight[step.step_id] = _InflightStep(step, parts)
+        self._inflight[step.step_id] = InflightStep(step, parts)
         return step
 
     # ---- results come back ----
@@ -429,7 +356,7 @@ class Scheduler:
         self.finish(request)
         return Update(request, request.num_output_tokens, [], finish_reason="error", error=error)
 
-    def _retire(self, step_id: int, *, failed: bool = False) -> _InflightStep:
+    def _retire(self, step_id: int, *, failed: bool = False) -> InflightStep:
         expected, step = self._inflight.popitem(last=False)
         if expected != step_id:
             raise IntegrityError(f"step {step_id} came back before step {expected}")

@@ -1,0 +1,66 @@
+"""What the scheduler keeps of a step: while it is being filled, while it is in flight, and what it meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.core.types import FinishReason, TokenLogprobs
+from penstock.engine.request import Request
+from penstock.engine.step import SchedulerOutput
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """A step being filled: what is left of the budgets, and who got how many tokens."""
+
+    budget: int
+    prefill_budget: int
+    scheduled: dict[Request, int] = field(default_factory=dict)
+    new_blocks: dict[Request, list[int]] = field(default_factory=dict)
+
+    def add(self, request: Request, num_tokens: int, new_blocks: list[int]) -> None:
+        self.scheduled[request] = num_tokens
+        self.new_blocks[request] = new_blocks
+        self.budget -= num_tokens
+        if request.num_uncomputed_tokens > 1:
+            self.prefill_budget -= num_tokens
+
+    def remove(self, request: Request) -> None:
+        num_tokens = self.scheduled.pop(request, 0)
+        self.new_blocks.pop(request, None)
+        self.budget += num_tokens
+
+    def share_of(self, request: Request) -> int:
+        """How many tokens of `request` this step may still run."""
+        wanted = request.num_uncomputed_tokens
+        return min(wanted, self.budget) if wanted == 1 else min(wanted, self.budget, max(self.prefill_budget, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """One request's part of a step in flight. `samples`: the step catches up with the request and samples its next token."""
+
+    request: Request
+    num_tokens: int
+    epoch: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class InflightStep:
+    output: SchedulerOutput
+    parts: list[StepPart]
+    void: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a retired step means for one request. `offset`: output tokens before `token_ids`."""
+
+    request: Request
+    offset: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
