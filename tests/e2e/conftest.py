@@ -13,7 +13,7 @@ from penstock.testing.server import RunningServer
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with RunningServer("stories", "--kv-cache-gib", "0.25", "--threads", "1", log=log) as running:
+    with RunningServer("stories", "--kv-cache-gib", "0.05", "--threads", "1", log=log) as running:
         yield running
 
 

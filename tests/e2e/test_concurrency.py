@@ -85,9 +85,9 @@ async def test_1000_mixed_requests_with_random_disconnects_leave_nothing(server:
                 outcomes["done"] += 1
 
     async with make_client(server) as client:
-        await asyncio.gather(*(one(client, number) for number in range(100)))
+        await asyncio.gather(*(one(client, number) for number in range(500)))
         before = server.resident_bytes()
-        await asyncio.gather(*(one(client, number) for number in range(900)))
+        await asyncio.gather(*(one(client, number) for number in range(500, 1000)))
     deadline = time.monotonic() + 20
     while server.metric("penstock_engine_kv_blocks_used") > 0 and time.monotonic() < deadline:
         time.sleep(0.2)  # noqa: ASYNC251  nothing else runs here any more
@@ -96,8 +96,9 @@ async def test_1000_mixed_requests_with_random_disconnects_leave_nothing(server:
     assert server.metric("penstock_engine_kv_blocks_used") == 0
     assert server.metric("penstock_engine_requests_running") == 0
     assert server.metric("penstock_engine_requests_waiting") == 0
-    # KV blocks that were never used before are touched now: allow for a part of the 256 MiB cache, not for a leak per request.
-    assert server.resident_bytes() - before < 96 * 2**20
+    # What grows for a while is bounded: the KV cache as it is touched (51 MiB), and oneDNN's cache of compiled shapes.
+    # A leak of 100 KiB per request would show.
+    assert server.resident_bytes() - before < 48 * 2**20
     assert server.get("/health/ready")[0] == 200
 
 

@@ -126,7 +126,7 @@ def test_metrics_count_what_happened(server: GatewayServer, api: openai.OpenAI, 
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 5, 4, 1, 4, 1, 1]
     assert value("penstock_engine_kv_usage_ratio") == 0.25
     assert value("penstock_engine_restarts_total") == 0
-    server.client.health_now = Health(live=True, ready=True, details={"engine_starts": 3})
+    server.client.health_now = Health(live=True, ready=True, details={"restarts": 2})
     assert value("penstock_engine_restarts_total") == 2
     assert value(f'penstock_requests_in_flight{{model="{MODEL}"}}') == 0
     assert value('penstock_build_info{version="1.2.3"}') == 1

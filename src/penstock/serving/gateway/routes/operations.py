@@ -44,5 +44,5 @@ def add_routes(app: FastAPI, gateway: Gateway) -> None:
 
 async def _sample(name: str, client: EngineClient) -> EngineSample:
     health = client.health()
-    starts = health.details.get("engine_starts", 0)
-    return EngineSample(name, health.ready, max(0, starts - 1), await client.stats())
+    restarts = health.details.get("restarts", 0)
+    return EngineSample(name, health.ready, restarts, await client.stats())
