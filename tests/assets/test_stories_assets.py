@@ -75,6 +75,11 @@ def test_chat_template(tokenizer: Any) -> None:
     assert ids.count(tokenizer.eos_token_id) == 4
 
 
+def test_chat_template_takes_a_message_without_content(tokenizer: Any) -> None:
+    text = tokenizer.apply_chat_template([{"role": "assistant", "content": None}], tokenize=False)
+    assert text == "<|begin|><|assistant|><|end|>"
+
+
 def test_chat_template_refuses_unknown_roles(tokenizer: Any) -> None:
     with pytest.raises(Exception, match="not tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
