@@ -35,6 +35,7 @@ Invoke = Callable[..., Result]
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
     monkeypatch.setenv("PENSTOCK_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("PENSTOCK_DEBUG", raising=False)
 
     def call(*arguments: str) -> Result:

@@ -111,3 +111,27 @@ def test_pull_command_puts_the_model_where_serve_finds_it(
     assert (tmp_path / "here" / "model.safetensors").read_bytes() == b"weights"
     assert missing.code == 1
     assert "There is no model org/none" in missing.err
+
+
+def test_a_hub_name_that_is_not_here_is_pulled_when_it_is_used(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "source", "qwen2", tokenizer=True)
+    hub = FakeHub()
+    hub.add("org/tiny", {file.name: file.read_bytes() for file in folder.iterdir()})
+    server = hub.start()
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    first = invoke("verify", "org/tiny", "--prompts", "1", "--tokens", "2")
+    downloads = len(hub.requests)
+    second = invoke("verify", "org/tiny", "--prompts", "1", "--tokens", "2")
+    server.shutdown()
+    server.server_close()
+    offline = invoke("serve", "org/other")
+    assert first.code == second.code == 0
+    assert "pulling it from the hub" in first.err
+    assert downloads == len(hub.requests), "the second time it is here"
+    assert offline.code == 2
+    assert "Run `penstock pull org/other` first" in offline.err.splitlines()[-1]

@@ -42,10 +42,10 @@ def chat(model: str | None, url: str | None, api_key: str | None, system: str | 
         require("server", "httpx")
         backend = HttpBackend(url, model, api_key, fields)
     else:
-        from penstock.hub import resolve_model
+        from penstock.cli.pull import ensure_model
 
         config = config_from(EngineConfig, {**values, **({"model": model} if model else {})})
-        resolve_model(config.model, config.revision)
+        ensure_model(config.model, config.revision)
         backend = EngineBackend(config, sampling_params(fields))
     with LoopThread() as loop:
         Conversation(loop, backend, system).run()

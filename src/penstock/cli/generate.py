@@ -50,12 +50,12 @@ def generate(source: str, target: str, input_format: str, chat: bool, **values: 
     import asyncio
 
     from penstock.cli import batch
-    from penstock.hub import resolve_model
+    from penstock.cli.pull import ensure_model
 
     defaults = sampling_fields(values)
     sampling_params(defaults)  # a wrong flag is told now, not once per line
     config = config_from(EngineConfig, values)
-    resolve_model(config.model, config.revision)
+    ensure_model(config.model, config.revision)
     lines = batch.read_lines(_open_input(source), source, input_format)
     jobs = batch.parse_jobs(lines, defaults, chat=chat)
     if target == "-":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from penstock.cli.options import SettingsCommand
+from penstock.core.errors import ConfigError
 
 
 @click.command(cls=SettingsCommand)
@@ -42,6 +44,32 @@ def pull(name: str, revision: str | None, directory: Path | None, token: str | N
     click.echo(f"  {destination}")
     served = name if directory is None else destination
     click.echo(f"  penstock serve {served}{f' --revision {revision}' if revision and directory is None else ''}")
+
+
+def ensure_model(model: str, revision: str | None) -> Path:
+    """The folder of a model, like `hub.resolve_model`; ORG/NAME that is not here yet is pulled from the hub first.
+
+    A name whose first part is a folder here is a mistyped path, not a hub name; HF_HUB_OFFLINE=1 forbids the pull. Raises
+    ConfigError, HubError.
+    """
+    from penstock.hub import resolve_model
+    from penstock.hub.api import HubClient, HubConnectionError
+    from penstock.hub.pull import pull as pull_model
+    from penstock.hub.resolve import default_folder, is_hub_name
+
+    try:
+        return resolve_model(model, revision)
+    except ConfigError as missing:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        if offline or "/" not in model or not is_hub_name(model) or Path(model).parent.is_dir():
+            raise
+        click.echo(f"{model} is not here yet: pulling it from the hub.", err=True)
+        try:
+            with ProgressBars() as bars:
+                pull_model(HubClient(), model, default_folder(model, revision), revision=revision, progress=bars.update)
+        except HubConnectionError as error:
+            raise ConfigError(f"{missing} Pulling it now failed: {error}") from error
+    return resolve_model(model, revision)
 
 
 class ProgressBars:

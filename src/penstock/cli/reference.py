@@ -18,8 +18,8 @@ Every setting is a flag of `penstock serve`; those of the engine are also flags 
 arguments of `LLM`. A flag beats its environment variable, which beats the default. A boolean variable is `1` or `0`. Times are in
 seconds, sizes in the unit of the name.
 
-The model is the command's argument (environment variable `PENSTOCK_MODEL`): a Hugging Face model folder, a hub name that was pulled
-before, or `stories`, the embedded model.
+The model is the command's argument (environment variable `PENSTOCK_MODEL`): a Hugging Face model folder, a hub name (ORG/NAME,
+pulled if it is not here yet; HF_HUB_OFFLINE=1 forbids that), or `stories`, the embedded model.
 
 Three more variables: `PENSTOCK_MODELS` (where `penstock pull` keeps models; default `~/.cache/penstock/models`), `PENSTOCK_DEBUG=1`
 (tracebacks instead of one-line errors), and for `penstock pull` the hub's own `HF_TOKEN` and `HF_ENDPOINT`.

@@ -16,16 +16,17 @@ from penstock.core.config import EMBEDDED_MODEL, EngineConfig, ServerConfig
 def serve(**values: Any) -> int:
     """Serve MODEL through the OpenAI-compatible API.
 
-    MODEL is a Hugging Face model folder, a hub name that was pulled before, or 'stories', the embedded model (default).
+    MODEL is a Hugging Face model folder, a hub name (ORG/NAME, pulled if it is not here yet),
+    or 'stories', the embedded model (default).
 
     Every setting can also come from the environment as PENSTOCK_<NAME>, such as PENSTOCK_PORT=9000; a flag beats it.
     """
     engine = config_from(EngineConfig, values)
     server = config_from(ServerConfig, values)
     _require_server_packages()
-    from penstock.hub import resolve_model
+    from penstock.cli.pull import ensure_model
 
-    resolve_model(engine.model, engine.revision)  # a wrong name is told before anything heavy is imported
+    ensure_model(engine.model, engine.revision)  # a wrong name is told before anything heavy is imported
     from penstock.launch import serve as launch_serve
 
     return launch_serve(engine, server)

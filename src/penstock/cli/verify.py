@@ -37,9 +37,9 @@ def verify(model: str, revision: str | None, num_prompts: int, num_tokens: int, 
     from penstock.cli.packages import require
 
     require("verify", "transformers")
-    from penstock.hub import resolve_model
+    from penstock.cli.pull import ensure_model
 
-    folder = resolve_model(model, revision)
+    folder = ensure_model(model, revision)
     from penstock.cli.comparison import compare
 
     click.echo(f"{folder}: float32, {num_prompts} prompts, {num_tokens} greedy tokens each")
