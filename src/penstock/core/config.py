@@ -59,7 +59,7 @@ class EngineConfig:
     )
     max_prefill_tokens_while_decoding: int = setting(
         0,
-        "Most prompt tokens in a step in which others decode; 0: a quarter of the token budget. Keeps their rhythm steady.",
+        "Most prompt tokens in a step in which others decode; 0: an eighth of the token budget. Keeps their rhythm steady.",
     )
     scheduling_policy: str = setting("fcfs", "Order of waiting requests.", choices=("fcfs", "priority"))
     max_waiting_requests: int = setting(1024, "Most requests waiting in the engine; more are refused with 503.")

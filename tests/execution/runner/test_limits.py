@@ -16,11 +16,11 @@ CPU = torch.device("cpu")
 def test_zero_and_auto_become_numbers() -> None:
     cpu = resolve_limits(EngineConfig(), CPU)
     assert (cpu.device, cpu.max_num_batched_tokens, cpu.max_num_seqs) == ("cpu", 512, 64)
-    assert (cpu.max_prefill_tokens_while_decoding, cpu.memory_utilization) == (128, 0.5)
+    assert (cpu.max_prefill_tokens_while_decoding, cpu.memory_utilization) == (64, 0.5)
     assert cpu.threads == usable_cpus() >= 1
     gpu = resolve_limits(EngineConfig(), torch.device("cuda"))
     assert (gpu.device, gpu.max_num_batched_tokens, gpu.max_num_seqs) == ("cuda", 8192, 256)
-    assert (gpu.max_prefill_tokens_while_decoding, gpu.memory_utilization) == (2048, 0.9)
+    assert (gpu.max_prefill_tokens_while_decoding, gpu.memory_utilization) == (1024, 0.9)
 
 
 def test_given_values_stay() -> None:

@@ -41,7 +41,7 @@ def resolve_limits(config: EngineConfig, device: torch.device) -> EngineConfig:
         memory_utilization=config.memory_utilization or _MEMORY_UTILIZATION[device.type],
         max_num_batched_tokens=budget,
         max_num_seqs=config.max_num_seqs or _MAX_NUM_SEQS[device.type],
-        max_prefill_tokens_while_decoding=min(budget, config.max_prefill_tokens_while_decoding or max(1, budget // 4)),
+        max_prefill_tokens_while_decoding=min(budget, config.max_prefill_tokens_while_decoding or max(1, budget // 8)),
     )
 
 
