@@ -13,7 +13,7 @@ ARGS ?=
 
 INSTALL_INPUTS := pyproject.toml constraints.txt tools/install.py
 # Packages that the service tests start as real servers. Only apt-based systems.
-SYSTEM_PACKAGES := redis-server prometheus
+SYSTEM_PACKAGES := prometheus
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-all lint format docs system-deps clean
