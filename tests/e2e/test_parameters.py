@@ -268,6 +268,9 @@ def test_the_request_id_comes_back_and_is_in_the_log(client: openai.OpenAI, serv
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"min_tokens": 20}, "min_tokens"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
+        ({"allowed_token_ids": [EOS], "min_tokens": 2}, "allowed_token_ids"),
+        ({"allowed_token_ids": [300], "stop_token_ids": [300], "min_tokens": 1}, "allowed_token_ids"),
     ],
     ids=str,
 )

@@ -19,6 +19,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED_TOKEN_IDS = 65_536
 SEED_RANGE = (-(2**63), 2**63 - 1)
+# Logits are multiplied or divided by it; outside of this range they may become infinite.
+REPETITION_PENALTY_RANGE = (0.01, 100.0)
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -63,7 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check_range("min_p", self.min_p, 0.0, 1.0)
         check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        check_range("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTY_RANGE)
         check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:

@@ -44,6 +44,7 @@ def complete_sampling(
     check_token_ids("logit_bias", sampling.logit_bias, model.vocab_size)
     check_token_ids("stop_token_ids", sampling.stop_token_ids, model.vocab_size)
     check_token_ids("allowed_token_ids", sampling.allowed_token_ids or (), model.vocab_size)
+    check_something_is_allowed(sampling, model)
     if sampling.stop and not has_tokenizer:
         raise InvalidRequestError(
             "stop strings need a tokenizer, and this model has none; use stop_token_ids.", param="stop"
@@ -53,6 +54,18 @@ def complete_sampling(
         seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         max_tokens=fit_max_tokens(sampling.max_tokens, num_prompt_tokens, model, prompt_param),
     )
+
+
+def check_something_is_allowed(sampling: SamplingParams, model: ModelInfo) -> None:
+    """Raise InvalidRequestError when every allowed token would end the output, before min_tokens lets it end."""
+    if sampling.allowed_token_ids is None or not sampling.min_tokens:
+        return
+    ending = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else model.eos_token_ids)}
+    if ending.issuperset(sampling.allowed_token_ids):
+        raise InvalidRequestError(
+            f"allowed_token_ids has only tokens that end the output, but min_tokens asks for {sampling.min_tokens} before one.",
+            param="allowed_token_ids",
+        )
 
 
 def fit_max_tokens(max_tokens: int | None, num_prompt_tokens: int, model: ModelInfo, prompt_param: str) -> int:
