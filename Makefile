@@ -11,12 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-INSTALL_INPUTS := pyproject.toml constraints.txt tools/install.py
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt tools/install.py $(wildcard src/penstock/execution/kernels/csrc/*)
 # Packages that the service tests start as real servers. Only apt-based systems.
 SYSTEM_PACKAGES := prometheus
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all lint format docs system-deps clean
+.PHONY: help install serve test test-all lint format docs native system-deps clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## *(.*)/  make \1\t\2/' | expand -t 22
@@ -45,6 +45,9 @@ docs: $(VENV)/.installed-dev  ## Write the documentation pages that are generate
 	$(BIN)/python -m penstock.cli.reference > docs/configuration.md
 	$(BIN)/python -m penstock.telemetry.docs > docs/metrics.md
 
+native: $(VENV)/.installed  ## Build the native CPU kernels again (after a change in csrc/)
+	$(BIN)/python setup.py build_ext --inplace
+
 system-deps:  ## Install the servers that service tests use (apt, as root or with sudo)
 	@if ! command -v apt-get >/dev/null; then \
 	    echo "system-deps: no apt-get here; install $(SYSTEM_PACKAGES) with your package manager. Tests that need them are skipped otherwise."; \
@@ -64,7 +67,7 @@ system-deps:  ## Install the servers that service tests use (apt, as root or wit
 	echo "system-deps: done."
 
 clean:  ## Remove .venv, caches and build output
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/penstock/execution/kernels/_native.so
 
 $(VENV)/.installed: $(INSTALL_INPUTS)
 	@$(PYTHON) tools/install.py --venv $(VENV) --extras server

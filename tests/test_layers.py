@@ -34,9 +34,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "execution.attention": ("execution.kernels",),
     "execution.quantization": ("execution.kernels",),
     "execution.layers": BELOW_LAYERS,
-    "execution.models": ("execution.layers", "execution.parallel"),
+    "execution.models": ("execution.layers", "execution.parallel", "execution.quantization", "execution.kernels"),
     # The registry is where a model meets its attention backend: it picks the backend that the layers are built with.
-    "execution.models.registry": ("execution.layers", "execution.parallel", "execution.attention", "execution.models"),
+    "execution.models.registry": (*BELOW_LAYERS, "execution.layers", "execution.models"),
+    # It hands the caches of the attention backend to C++.
+    "execution.models.native_decoder": (*BELOW_LAYERS, "execution.layers", "execution.models"),
     "execution.sampling": ("execution.kernels",),
     "execution.speculative": ("execution.models", "execution.attention", "execution.sampling"),
     "execution.runner": ("execution", *ENGINE_BOUNDARY),
@@ -179,7 +181,8 @@ class A:
 
 
 def test_a_room_decides_by_its_longest_name() -> None:
-    assert rule_of("execution.models.llama") == ("execution.models", ("execution.layers", "execution.parallel"))
+    assert rule_of("execution.models.llama")[0] == "execution.models"
+    assert rule_of("execution.models.registry")[0] == "execution.models.registry"
     assert rule_of("engine.process")[0] == "engine"
     assert inside("engine.step", ENGINE_BOUNDARY)
     assert not inside("engine.steps", ENGINE_BOUNDARY)

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 Timeline = list[tuple[str, float]]
 
+# Tries before an idle OpenMP thread sleeps; a few dozen microseconds.
+GOMP_SPINCOUNT = "2000"
+
 # How long a child that cannot start waits for the question that it answers with the reason.
 STARTUP_FAILURE_WAIT_S = 5.0
 
@@ -44,6 +48,9 @@ def build_engine(config: EngineConfig, folder: Path, *, progress: bool = False) 
     Raises ConfigError or ModelFormatError with the fix.
     """
     started = time.perf_counter()
+    # Read when torch loads its OpenMP runtime. By default its threads spin for milliseconds after each piece of work, on cores that the
+    # gateway needs between two steps.
+    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     from penstock.engine.engine import Engine
     from penstock.execution.runner.executors import UniProcessExecutor
 
@@ -264,8 +271,12 @@ async def _serve_client(
 
 
 def model_name(model: str) -> str:
-    """What a model is called in the API when nothing else is said: a folder's own name, a hub name as it is."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+    """What a model is called in the API when nothing else is said: a folder's own name, a GGUF file's without its ending, a hub
+    name as it is."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
 
 
 if __name__ == "__main__":

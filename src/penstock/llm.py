@@ -51,8 +51,13 @@ class EngineSettings(TypedDict, total=False):
     load_format: str
     dtype: DType
     device: str
+    quantization: str
+    quantization_group_size: int
+    weight_cache: bool
+    kv_cache_dtype: str
     attention_backend: str
     threads: int
+    cpus: str
     seed: int
     max_model_len: int
     block_size: int

@@ -42,7 +42,7 @@ def test_folder_without_config_names_the_nested_one(folder: Path, tmp_path: Path
 
 
 def test_file_instead_of_folder(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="is a file; give the folder"):
+    with pytest.raises(ConfigError, match="is a file; give a GGUF file, or the folder"):
         resolve_model(str(folder / "config.json"))
 
 

@@ -103,6 +103,7 @@ def test_engine_snapshot_is_exported() -> None:
         kv_blocks_cached=7,
         preemptions=4,
         finished={"stop": 5, "length": 6},
+        step_phase_seconds={"schedule": 0.25, "forward": 3.0},
         step_seconds_sum=0.5,
         step_seconds_buckets=[1] * (len(m.STEP_SECONDS_BUCKETS) + 1),
         limits=LiveLimits(max_num_seqs=64),
@@ -118,6 +119,7 @@ def test_engine_snapshot_is_exported() -> None:
     assert samples["penstock_engine_preemptions_total model=a"] == 4
     assert samples["penstock_engine_finished_samples_total model=a reason=length"] == 6
     assert samples["penstock_engine_limit model=a name=max_num_seqs"] == 64
+    assert samples["penstock_engine_step_phase_seconds_total model=a phase=schedule"] == 0.25
     assert samples["penstock_engine_step_seconds_count model=a"] == len(m.STEP_SECONDS_BUCKETS) + 1
     assert "penstock_engine_uptime_seconds model=b" not in samples
 

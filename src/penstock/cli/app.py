@@ -16,7 +16,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("penstock.cli.generate:generate", "Complete a file of prompts offline; JSON lines out."),
     "pull": ("penstock.cli.pull:pull", "Download a model from the Hugging Face hub into a plain folder."),
     "verify": ("penstock.cli.verify:verify", "Compare a model's logits and greedy tokens with transformers."),
-    "bench": ("penstock.workbench.bench.cli:bench", "Measure throughput and latency of an engine or a server."),
+    "quantize": (
+        "penstock.cli.quantize:quantize",
+        "Write a quantised copy of a model, with a report of what it costs.",
+    ),
+    "eval": ("penstock.cli.eval_command:evaluate", "Measure the perplexity of a text, or the distance of two models."),
+    "bench": ("penstock.cli.bench:bench", "Measure throughput and latency of an engine or a server."),
     "doctor": ("penstock.cli.doctor:doctor", "Say what this machine has, what is missing and how to get it."),
     "version": ("penstock.cli.version:version", "Print the version."),
 }

@@ -137,11 +137,16 @@ def check_kernels() -> Check:
         return Check("Kernels", "fail", "none without torch")
     import torch
 
-    from penstock.execution.attention.backend import get_attention_backend
+    from penstock.execution.kernels.native import isa, native_available, unavailable_reason
 
-    backend = type(get_attention_backend("auto", torch.device("cpu"))).__name__
     capability = torch.backends.cpu.get_cpu_capability()
-    return Check("Kernels", "ok", f"attention: {backend} (torch operators); torch uses {capability}")
+    try:
+        if native_available():
+            return Check("Kernels", "ok", f"native, {isa()}; torch uses {capability}")
+    except ConfigError as error:
+        return Check("Kernels", "fail", "none", str(error))
+    value = f"torch operators ({capability}); no native kernels: {unavailable_reason()}"
+    return Check("Kernels", "note", value, "Install a C++ compiler (g++ or clang++) and run `pip install` again.")
 
 
 def check_embedded_model() -> Check:

@@ -9,6 +9,8 @@ from penstock.core.config import EngineConfig, ServerConfig, flag_name
 from penstock.core.types import Hello, ModelInfo
 
 _GIB = 2**30
+# Below this a model lives in the processor's caches, and rounding its weights gains little.
+_WORTH_QUANTISING = 64 * 2**20
 
 
 def startup_report(
@@ -36,7 +38,8 @@ def _facts(model: ModelInfo) -> list[tuple[str, str]]:
             "model",
             f"{model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters, {model.weight_bytes / _GIB:.2f} GiB",
         ),
-        ("runs on", f"{model.device}, {model.dtype}, attention by {model.attention_backend}"),
+        ("runs on", _runs_on(model)),
+        ("precision", _precision(model)),
         ("context", f"{model.max_model_len:,} tokens"),
         (
             "KV cache",
@@ -44,6 +47,20 @@ def _facts(model: ModelInfo) -> list[tuple[str, str]]:
         ),
         ("batch", f"up to {model.max_num_seqs} requests and {model.max_num_batched_tokens:,} tokens per step"),
     ]
+
+
+def _runs_on(model: ModelInfo) -> str:
+    threads = f" with {model.threads} threads" if model.threads else ""
+    kernels = f", {model.kernels}" if model.kernels else ""
+    return f"{model.device}{threads}{kernels}, attention by {model.attention_backend}"
+
+
+def _precision(model: ModelInfo) -> str:
+    """What runs in which precision, and what would be faster: a choice that is never made silently."""
+    text = f"weights {model.weights or model.dtype}, arithmetic {model.dtype}, KV cache {model.kv_cache_dtype or model.dtype}"
+    if model.device == "cpu" and model.weight_bytes >= _WORTH_QUANTISING and "int" not in model.weights:
+        text += "; --quantization int8 or int4 would read fewer bytes per token"
+    return text
 
 
 def _settings(engine: EngineConfig, server: ServerConfig) -> str:

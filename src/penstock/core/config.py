@@ -26,7 +26,7 @@ class EngineConfig:
     """Settings of one engine."""
 
     model: str = setting(
-        EMBEDDED_MODEL, "Model folder, hub name, or 'stories' for the embedded model.", flag="(argument)"
+        EMBEDDED_MODEL, "Model folder, GGUF file, hub name, or 'stories' for the embedded model.", flag="(argument)"
     )
     revision: str | None = setting(None, "Revision (branch, tag or commit) of a hub model.")
     load_format: str = setting(
@@ -40,8 +40,35 @@ class EngineConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("auto", "Device to run on.", choices=("auto", "cpu", "cuda"))
-    attention_backend: str = setting("auto", "Attention implementation.", choices=("auto", "torch"))
-    threads: int = setting(0, "CPU threads for arithmetic; 0 takes all cores this process may use.")
+    quantization: str = setting(
+        "auto",
+        "Precision of the weights. 'auto' keeps the checkpoint's; 'none' computes quantised ones as floats; 'int8' and 'int4' round "
+        "while loading; 'awq' and 'gptq' insist on a checkpoint in that format.",
+        choices=("auto", "none", "int8", "int4", "awq", "gptq"),
+    )
+    quantization_group_size: int = setting(
+        32,
+        "Input features that share a scale with --quantization int4: 32, 64 or 128. Smaller is more exact, larger is faster.",
+    )
+    weight_cache: bool = setting(
+        True,
+        "Keep weights that were quantised or repacked at load in a cache on disk, so that the next start maps them.",
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Type of the KV cache. 'auto': that of the arithmetic. 'int8' takes a quarter of float32's memory and rounds keys and values.",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    attention_backend: str = setting(
+        "auto",
+        "Attention implementation; 'auto' takes the fastest for the device.",
+        choices=("auto", "torch", "native"),
+    )
+    threads: int = setting(0, "CPU threads for arithmetic; 0 takes one for each core that this process may use.")
+    cpus: str = setting(
+        "",
+        "CPUs that the engine's threads run on, such as 0-7,16; empty: all. The CPUs of one NUMA node keep memory near.",
+    )
     seed: int = setting(0, "Seed of dummy weights.")
     max_model_len: int = setting(0, "Longest prompt plus output in tokens; 0 takes the model's own limit.")
     block_size: int = setting(16, "Tokens per KV block.")
@@ -77,6 +104,10 @@ class EngineConfig:
         if not 0 <= self.memory_utilization <= 1:
             raise ConfigError(
                 f"{flag_name('memory_utilization')} must be between 0 and 1, not {self.memory_utilization}."
+            )
+        if self.quantization_group_size not in (32, 64, 128):
+            raise ConfigError(
+                f"{flag_name('quantization_group_size')} must be 32, 64 or 128, not {self.quantization_group_size}."
             )
         if not 1 <= self.block_size <= 1024:
             raise ConfigError(f"{flag_name('block_size')} must be between 1 and 1024, not {self.block_size}.")

@@ -179,7 +179,9 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine runs. `model_hash` covers configuration and weight files' names and sizes: two engines with the same hash
     continue each other's generations. `kv_cache_tokens` is the capacity of the KV cache, `max_request_tokens` the longest
-    prompt + output that a single request can have (the model's context or the cache, whichever is smaller)."""
+    prompt + output that a single request can have (the model's context or the cache, whichever is smaller). `weights`: in which
+    precision weights are kept ('bfloat16', 'int4 group 32, head int8'); `kernels`: whose arithmetic runs on a CPU and, if it is not the
+    native kernels', why."""
 
     architecture: str
     dtype: str
@@ -197,6 +199,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     attention_backend: str = ""
+    weights: str = ""
+    kv_cache_dtype: str = ""
+    kernels: str = ""
+    threads: int = 0
 
     @property
     def max_request_tokens(self) -> int:
@@ -236,6 +242,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds_buckets: list[int] = []
     step_tokens_sum: int = 0
     step_tokens_buckets: list[int] = []
+    step_phase_seconds: dict[str, float] = {}
     limits: LiveLimits = LiveLimits()
     resident_bytes: int = 0
 

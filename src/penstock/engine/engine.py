@@ -187,11 +187,15 @@ class Engine:
 
     def step(self) -> list[Addressed]:
         """Submit as many steps as may be in flight, wait for the oldest, and return its news."""
+        phases = self.counters.phase_seconds
         while len(self._submitted) < self._executor.max_inflight:
+            begun = self._clock()
             scheduled = self.scheduler.schedule()
+            submitted = self._clock()
+            phases["schedule"] += submitted - begun
             if scheduled is None:
                 break
-            self._submitted.append((scheduled, self._executor.submit(scheduled), self._clock()))
+            self._submitted.append((scheduled, self._executor.submit(scheduled), submitted))
         if not self._submitted:
             return []
         scheduled, handle, started = self._submitted.popleft()
@@ -202,9 +206,15 @@ class Engine:
         except Exception as error:
             return self._step_failed(scheduled, error)
         self._consecutive_failures = 0
+        retired = self._clock()
+        phases["prepare"] += output.prepare_seconds
+        phases["forward"] += output.forward_seconds
+        phases["sample"] += output.sample_seconds
         updates = self.scheduler.update(output)
-        self._count_step(scheduled, self._clock() - started)
-        return [self._delta(update) for update in updates]
+        self._count_step(scheduled, retired, retired - started)
+        deltas = [self._delta(update) for update in updates]
+        phases["deliver"] += self._clock() - retired
+        return deltas
 
     def _step_failed(self, scheduled: SchedulerOutput, error: Exception) -> list[Addressed]:
         logger.exception("step %d with %d requests failed", scheduled.step_id, len(scheduled.num_scheduled_tokens))
@@ -214,14 +224,13 @@ class Engine:
             raise IntegrityError(f"{self._consecutive_failures} steps in a row failed") from error
         return [self._delta(update) for update in self.scheduler.fail(scheduled.step_id, str(error))]
 
-    def _count_step(self, scheduled: SchedulerOutput, seconds: float) -> None:
+    def _count_step(self, scheduled: SchedulerOutput, now: float, seconds: float) -> None:
         counters = self.counters
         counters.steps += 1
         counters.step_seconds.observe(seconds)
         counters.step_tokens.observe(scheduled.total_tokens)
         counters.swapped_out_blocks += len(scheduled.swap_outs)
         counters.swapped_in_blocks += len(scheduled.swap_ins)
-        now = self._clock()
         for new in scheduled.new_requests:
             request = self.scheduler.requests.get(new.key)
             if request is not None and request.first_scheduled_time is None:
@@ -314,6 +323,7 @@ class Engine:
             step_seconds_buckets=list(counters.step_seconds.counts),
             step_tokens_sum=int(counters.step_tokens.sum),
             step_tokens_buckets=list(counters.step_tokens.counts),
+            step_phase_seconds=dict(counters.phase_seconds),
             limits=self.scheduler.limits,
             resident_bytes=self._process.memory_info().rss,
         )

@@ -123,9 +123,9 @@ class KVCacheManager:
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Append blocks until `num_tokens` tokens have room; None (and no change) when they are not free."""
-        missing = self.blocks_for(num_tokens) - len(request.block_ids)
-        if missing <= 0:
+        if num_tokens <= len(request.block_ids) * self.block_size:
             return []
+        missing = self.blocks_for(num_tokens) - len(request.block_ids)
         if missing > self.pool.num_free:
             return None
         new_blocks = self.pool.take(missing)
@@ -146,6 +146,8 @@ class KVCacheManager:
         """Name the full blocks whose tokens are known and whose steps have retired."""
         if not self.prefix_caching:
             return
+        if request.num_retired_tokens < (request.num_cached_blocks + 1) * self.block_size:
+            return  # the usual case, once per request and step
         num_full = min(request.num_retired_tokens, request.num_tokens) // self.block_size
         if num_full <= request.num_cached_blocks:
             return

@@ -18,11 +18,12 @@ class StepPlan:
     scheduled: dict[Request, int] = field(default_factory=dict)
     new_blocks: dict[Request, list[int]] = field(default_factory=dict)
 
-    def add(self, request: Request, num_tokens: int, new_blocks: list[int]) -> None:
+    def add(self, request: Request, num_tokens: int, wanted: int, new_blocks: list[int]) -> None:
+        """Schedule `num_tokens` of the `wanted` tokens that the request could use."""
         self.scheduled[request] = num_tokens
         self.new_blocks[request] = new_blocks
         self.budget -= num_tokens
-        if request.num_uncomputed_tokens > 1:
+        if wanted > 1:
             self.prefill_budget -= num_tokens
 
     def remove(self, request: Request) -> None:
@@ -30,9 +31,8 @@ class StepPlan:
         self.new_blocks.pop(request, None)
         self.budget += num_tokens
 
-    def share_of(self, request: Request) -> int:
-        """How many tokens of `request` this step may still run."""
-        wanted = request.num_uncomputed_tokens
+    def share_of(self, wanted: int) -> int:
+        """How many of the `wanted` tokens of a request this step may still run."""
         return min(wanted, self.budget) if wanted == 1 else min(wanted, self.budget, max(self.prefill_budget, 0))
 
 

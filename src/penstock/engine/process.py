@@ -75,7 +75,10 @@ class EngineLoop:
                 self._handle(client, message)
             self._deliver(self._engine.expire())
             if self._engine.has_work():
-                self._deliver(self._engine.step())
+                deltas = self._engine.step()
+                begun = self._clock()
+                self._deliver(deltas)
+                self._engine.counters.phase_seconds["deliver"] += self._clock() - begun
                 self._was_busy = True
             elif self._was_busy:
                 self._engine.check_integrity()

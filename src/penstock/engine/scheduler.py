@@ -107,22 +107,23 @@ class Scheduler:
         return budget if budget is not None else 2**31
 
     def _schedule_running(self, plan: StepPlan) -> None:
-        needy = [request for request in self.running if request.num_uncomputed_tokens > 0]
-        decodes = [request for request in needy if request.num_uncomputed_tokens == 1]
-        for request in decodes:
-            self._extend(plan, request)
+        # Who wants how many tokens is asked once: with hundreds of requests this is what a step's scheduling takes.
+        wanted = [(request, request.num_uncomputed_tokens) for request in self.running]
+        for request, num_wanted in wanted:
+            if num_wanted == 1:
+                self._extend(plan, request, 1)
         cap = self.limits.max_prefill_tokens_while_decoding
         if plan.scheduled and cap is not None:
             plan.prefill_budget = min(plan.budget, cap)
-        for request in needy:
-            if request.num_uncomputed_tokens > 1:
-                self._extend(plan, request)
+        for request, num_wanted in wanted:
+            if num_wanted > 1:
+                self._extend(plan, request, num_wanted)
 
-    def _extend(self, plan: StepPlan, request: Request) -> None:
-        """Schedule tokens of a running request, preempting from the end of the order to make room."""
+    def _extend(self, plan: StepPlan, request: Request, wanted: int) -> None:
+        """Schedule up to `wanted` tokens of a running request, preempting from the end of the order to make room."""
         if request.status is not RequestStatus.RUNNING:
-            return
-        num_tokens = plan.share_of(request)
+            return  # preempted for another one
+        num_tokens = plan.share_of(wanted)
         if num_tokens <= 0:
             return
         target = request.num_computed_tokens + num_tokens
@@ -134,7 +135,7 @@ class Scheduler:
             self._preempt(plan, victim)
             if victim is request:
                 return
-        plan.add(request, num_tokens, blocks)
+        plan.add(request, num_tokens, wanted, blocks)
 
     def _schedule_waiting(self, plan: StepPlan) -> None:
         max_num_seqs = self.limits.max_num_seqs or 2**31
@@ -162,7 +163,7 @@ class Scheduler:
             return self._admit_fork(plan, request, leader)
         match = self.kv.match_prefix(request)
         request.num_computed_tokens = match.num_tokens
-        num_tokens = plan.share_of(request)
+        num_tokens = plan.share_of(request.num_uncomputed_tokens)
         # A prompt that is admitted piece by piece must fit as a whole, or several would grow into each other.
         if num_tokens <= 0 or not self.kv.fits(request, match, request.num_tokens):
             request.num_computed_tokens = 0
@@ -186,7 +187,7 @@ class Scheduler:
         if request.epoch == 0:
             request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
         bisect.insort(self.running, request, key=self.policy.key)
-        plan.add(request, num_tokens, [])
+        plan.add(request, num_tokens, request.num_uncomputed_tokens, [])
 
     def _schedule_suspect(self, plan: StepPlan) -> None:
         """After a failed step its requests run one at a time, so that the one that makes steps fail fails alone."""
@@ -199,7 +200,7 @@ class Scheduler:
             if self._admit(plan, request):
                 return
             self._preempt(plan, self.running[-1])
-        self._extend(plan, request)
+        self._extend(plan, request, request.num_uncomputed_tokens)
 
     def _preempt(self, plan: StepPlan | None, request: Request) -> None:
         """Take the blocks from a running request; it is computed again later, from prompt and output so far."""
@@ -272,19 +273,21 @@ class Scheduler:
             request = part.request
             request.num_inflight -= 1
             request.num_pending -= part.samples
-            if request.finished or step.void:
+            if step.void or request.finished:
                 continue
-            if (error := output.errors.get(request.key)) is not None:
-                updates.append(self._finish_with_error(request, error))
+            if output.errors and request.key in output.errors:
+                updates.append(self._finish_with_error(request, output.errors[request.key]))
                 continue
-            self._keep_prompt_logprobs(request, output)
-            if part.epoch == request.epoch:
+            if output.prompt_logprobs:
+                self._keep_prompt_logprobs(request, output)
+            is_current = part.epoch == request.epoch
+            if is_current:
                 request.num_retired_tokens += part.num_tokens
-                if part.samples and request in self._suspects:
+                if self._suspects and part.samples and request in self._suspects:
                     self._suspects.remove(request)
             if part.samples:
                 updates.append(self._append(request, output))
-            if part.epoch == request.epoch and not request.finished:
+            if is_current and not request.finished:
                 self.kv.cache_computed_blocks(request)
         return updates
 
@@ -293,7 +296,7 @@ class Scheduler:
         sampled = output.sampled_token_ids.get(request.key)
         if not sampled:
             raise IntegrityError(f"step {output.step_id} has no token for {request!r}")
-        offset = request.num_output_tokens
+        offset = num_output = request.num_output_tokens
         taken: list[int] = []
         finish_reason: FinishReason | None = None
         stop_token_id = None
@@ -303,9 +306,10 @@ class Scheduler:
             for token_id in sampled:
                 request.token_ids.append(token_id)
                 taken.append(token_id)
-                if token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
+                num_output += 1
+                if token_id in request.stop_token_ids and num_output > request.sampling.min_tokens:
                     finish_reason, stop_token_id = "stop", token_id
-                elif request.num_output_tokens >= request.max_output_tokens:
+                elif num_output >= request.max_output_tokens:
                     finish_reason = "length"
                 if finish_reason is not None:
                     break

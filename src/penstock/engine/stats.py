@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from penstock.telemetry.histogram import Histogram
-from penstock.telemetry.metrics import STEP_SECONDS_BUCKETS, STEP_TOKENS_BUCKETS
+from penstock.telemetry.metrics import STEP_PHASES, STEP_SECONDS_BUCKETS, STEP_TOKENS_BUCKETS
 
 
 @dataclass(slots=True)
 class Counters:
-    """What has happened since the engine started. `finished` counts samples by finish reason."""
+    """What has happened since the engine started. `finished` counts samples by finish reason; `phase_seconds` adds up the time in each of
+    STEP_PHASES."""
 
     steps: int = 0
     step_failures: int = 0
@@ -23,3 +24,4 @@ class Counters:
     finished: dict[str, int] = field(default_factory=dict)
     step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS_BUCKETS))
     step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS_BUCKETS))
+    phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEP_PHASES, 0.0))

@@ -91,7 +91,7 @@ class RunnerOutput:
     `sampled_token_ids`: for each request that sampled, its new tokens (one, or several under speculation). `logprobs`: one entry
     per sampled token, for requests that asked. `prompt_logprobs`: (position of the first token, entries); the entry at position p belongs
     to prompt token p and was predicted from tokens before it. `errors`: requests that failed alone (such as NaN logits);
-    their other fields are absent.
+    their other fields are absent. `prepare_seconds`, `forward_seconds`, `sample_seconds`: what the runner's parts of the step took.
     """
 
     step_id: int
@@ -99,3 +99,6 @@ class RunnerOutput:
     logprobs: dict[RequestKey, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[RequestKey, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     errors: dict[RequestKey, str] = field(default_factory=dict)
+    prepare_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0

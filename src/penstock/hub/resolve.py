@@ -19,6 +19,7 @@ from pathlib import Path
 
 from penstock.core.config import EMBEDDED_MODEL
 from penstock.core.errors import ConfigError
+from penstock.hub.gguf_folder import find_gguf, gguf_model_folder
 
 MANIFEST = "penstock.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -36,9 +37,10 @@ class Manifest:
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: the embedded one ('stories'), an existing folder, or a hub name that was pulled before.
+    """The folder of a model: the embedded one ('stories'), an existing folder, a GGUF file, or a hub name that was pulled before.
 
-    Raises ConfigError, one line with the fix, for everything else.
+    A GGUF file, also one that is alone in a folder without safetensors files, gets a folder made from it (see gguf_folder). Raises
+    ConfigError, one line with the fix, for everything else, and ModelFormatError for a GGUF file that cannot be used.
     """
     folder = Path(model).expanduser()
     if model == EMBEDDED_MODEL and revision is None:
@@ -46,7 +48,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return _checked_folder(folder)
     if folder.is_file():
-        raise ConfigError(f"{model} is a file; give the folder that holds config.json and the safetensors files.")
+        if folder.suffix == ".gguf":
+            return gguf_model_folder(folder)
+        raise ConfigError(
+            f"{model} is a file; give a GGUF file, or the folder that holds config.json and the safetensors files."
+        )
     if is_hub_name(model):
         pulled = find_pulled(model, revision)
         if pulled is not None:
@@ -120,16 +126,26 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _checked_folder(folder: Path) -> Path:
+    # Repositories of GGUF files often hold a config.json as well, which says next to nothing.
+    models = [] if any(folder.glob("*.safetensors")) else find_gguf(folder)
+    if len(models) > 1:
+        raise ConfigError(
+            f"{folder} holds {len(models)} GGUF models; give one of them: {', '.join(str(model) for model in models)}."
+        )
+    if models:
+        return gguf_model_folder(models[0])
     if (folder / "config.json").is_file():
         return folder.resolve()
     nested = sorted(path.parent for path in folder.glob("*/config.json"))
-    hint = f"; did you mean {nested[0]}?" if nested else " (a Hugging Face model folder is needed)."
+    hint = f"; did you mean {nested[0]}?" if nested else " (a Hugging Face model folder or a GGUF file is needed)."
     raise ConfigError(f"{folder} has no config.json{hint}")
 
 
 def _not_found_message(model: str, revision: str | None) -> str:
     close = difflib.get_close_matches(model, list(_known_models(model)), n=1, cutoff=0.6)
     suggestion = f" Did you mean {close[0]}?" if close else ""
+    if model.endswith(".gguf"):
+        return f"There is no file {model}.{suggestion or ' Give a GGUF file or a model folder.'}"
     looks_like_path = model.startswith((".", "/", "~")) or not is_hub_name(model)
     if looks_like_path:
         return (
@@ -144,7 +160,7 @@ def _not_found_message(model: str, revision: str | None) -> str:
 
 
 def _known_models(model: str) -> Iterator[str]:
-    """What a mistyped name may have meant: the embedded model, pulled models, and folders beside the mistyped path."""
+    """What a mistyped name may have meant: the embedded model, pulled models, and what lies beside the mistyped path."""
     yield EMBEDDED_MODEL
     root = models_folder()
     for manifest in (*root.glob(f"*/{MANIFEST}"), *root.glob(f"*/*/{MANIFEST}")):
@@ -154,3 +170,5 @@ def _known_models(model: str) -> Iterator[str]:
         prefix = model[: len(model) - len(Path(model).name)] if model.rstrip("/") == model else ""
         for config in parent.glob("*/config.json"):
             yield prefix + config.parent.name
+        for file in parent.glob("*.gguf"):
+            yield prefix + file.name

@@ -122,6 +122,8 @@ def _engine_series(
         numbers.setdefault(m.ENGINE_KV_USAGE, []).append((label, usage))
         for reason, count in stats.finished.items():
             numbers.setdefault(m.ENGINE_FINISHED, []).append(((engine.model, reason), count))
+        for phase, seconds in stats.step_phase_seconds.items():
+            numbers.setdefault(m.ENGINE_STEP_PHASE_SECONDS, []).append(((engine.model, phase), seconds))
         for name in _LIMITS:
             limit = getattr(stats.limits, name)
             if limit is not None:

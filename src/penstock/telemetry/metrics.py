@@ -56,6 +56,8 @@ TOKEN_INTERVAL_BUCKETS_S = (
 TOKEN_COUNT_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 # The bounds of EngineStats.step_seconds_buckets and .step_tokens_buckets.
 STEP_SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+# What a step consists of, in this order; `forward` is the model, everything else is what the engine adds.
+STEP_PHASES = ("schedule", "prepare", "forward", "sample", "deliver")
 STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -172,6 +174,12 @@ ENGINE_SWAPPED_IN = _engine("swapped_in_blocks_total", "counter", "Blocks restor
 ENGINE_FINISHED = _engine("finished_samples_total", "counter", "Samples finished, by reason.", "reason")
 ENGINE_STEP_SECONDS = _engine("step_seconds", "histogram", "Duration of a step.", buckets=STEP_SECONDS_BUCKETS)
 ENGINE_STEP_TOKENS = _engine("step_tokens", "histogram", "Tokens computed in a step.", buckets=STEP_TOKENS_BUCKETS)
+ENGINE_STEP_PHASE_SECONDS = _engine(
+    "step_phase_seconds_total",
+    "counter",
+    "Time spent in the parts of steps: schedule, prepare, forward, sample, deliver.",
+    "phase",
+)
 ENGINE_LIMIT = _engine("limit", "gauge", "The live limits in force, by name.", "name")
 ENGINE_RESIDENT_BYTES = _engine("resident_memory_bytes", "gauge", "Resident memory of the engine process.")
 

@@ -179,7 +179,7 @@ def test_bytes_per_block_is_what_a_block_takes() -> None:
 
 def test_unknown_backend_lists_the_supported() -> None:
     assert get_attention_backend("auto", CPU).name == "torch"
-    with pytest.raises(ConfigError, match=r"'flash'.*supported: auto, torch"):
+    with pytest.raises(ConfigError, match=r"'flash'.*supported: auto, native, torch"):
         get_attention_backend("flash", CPU)
 
 

@@ -162,7 +162,6 @@ def test_every_supported_type_has_an_architecture() -> None:
         ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings: must be true or false"),
         ({"eos_token_id": "</s>"}, r"eos_token_id: must be a token id or a list of them"),
         ({"eos_token_id": [1, -1]}, r"eos_token_id: must be a token id"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config: quantised checkpoints are not"),
         ({"rope_scaling": "linear"}, r"rope_scaling: must be an object"),
         (
             {"rope_scaling": {"type": "longrope", "factor": 2.0}},

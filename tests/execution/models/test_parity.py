@@ -123,7 +123,7 @@ def test_token_by_token(case: Case) -> None:
 
 def test_mixed_batch(case: Case) -> None:
     """Decodes of very different lengths, a fresh prompt and a chunk in one step; blocks are reused and out of order."""
-    model = PagedModel(case.loaded, num_blocks=48, block_size=4)
+    model = PagedModel(case.loaded, num_blocks=14)
     prompts = {name: random_tokens(length, seed=length) for name, length in (("s", 2), ("m", 33), ("l", 70), ("c", 45))}
     model.step({"gone": random_tokens(60, seed=9)})
     model.finish("gone")

@@ -6,9 +6,19 @@ import torch
 
 from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
+from penstock.execution.attention.native_paged import NativePagedAttention
+from penstock.execution.attention.torch_paged import TorchPagedAttention
+from penstock.execution.kernels.native import native_available
 from penstock.execution.models.registry import LoadedModel
 from penstock.execution.runner import kv_memory
-from penstock.execution.runner.kv_memory import GIB, KV_CAP_FACTOR, KVPlan, activation_bytes, plan_kv_memory
+from penstock.execution.runner.kv_memory import (
+    GIB,
+    KV_CAP_FACTOR,
+    KVPlan,
+    activation_bytes,
+    allocate_kv_caches,
+    plan_kv_memory,
+)
 
 # Two layers of 2 heads of 16 float32 numbers, keys and values, 16 tokens.
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16
@@ -82,3 +92,32 @@ def test_a_containers_limit_counts(
         assert free > 2**22
     else:
         assert free == expected
+
+
+@pytest.mark.skipif(not native_available(), reason="no native kernels")
+def test_the_caches_type_decides_its_size(loaded: LoadedModel) -> None:
+    """Two layers of 2 heads of 16 numbers, keys and values; int8 has a float32 scale for each."""
+    numbers = 2 * 2 * 2 * 16 * 16
+    native = dataclasses.replace(loaded, attention_backend=NativePagedAttention())
+    for name, size in (("float32", 4 * numbers), ("bfloat16", 2 * numbers), ("int8", numbers + numbers // 16 * 4)):
+        config = dataclasses.replace(CONFIG, kv_cache_dtype=name)
+        plan = _plan(native, config)
+        assert plan.bytes_per_block == size
+        caches, host = allocate_kv_caches(
+            KVPlan(3, 2, size),
+            config,
+            loaded.config,
+            native.attention_backend,
+            torch.float32,
+            torch.device("cpu"),
+        )
+        assert sum(cache.nbytes for cache in caches) == 3 * size
+        assert sum(cache.nbytes for cache in host) == 2 * size
+        assert {cache.key.dtype for cache in caches} == {getattr(torch, name)}
+
+
+def test_another_type_than_the_arithmetics_needs_the_native_backend(loaded: LoadedModel) -> None:
+    plain = dataclasses.replace(loaded, attention_backend=TorchPagedAttention())
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 .* needs --attention-backend native"):
+        _plan(plain, dataclasses.replace(CONFIG, kv_cache_dtype="int8"))
+    assert _plan(plain, dataclasses.replace(CONFIG, kv_cache_dtype="float32")) == _plan(plain, CONFIG)

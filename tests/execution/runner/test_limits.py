@@ -8,7 +8,8 @@ from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.runner import limits
-from penstock.execution.runner.limits import resolve_device, resolve_limits, resolve_model_limits, usable_cpus
+from penstock.execution.runner.cpus import default_threads
+from penstock.execution.runner.limits import resolve_device, resolve_limits, resolve_model_limits
 
 CPU = torch.device("cpu")
 
@@ -17,7 +18,7 @@ def test_zero_and_auto_become_numbers() -> None:
     cpu = resolve_limits(EngineConfig(), CPU)
     assert (cpu.device, cpu.max_num_batched_tokens, cpu.max_num_seqs) == ("cpu", 512, 64)
     assert (cpu.max_prefill_tokens_while_decoding, cpu.memory_utilization) == (64, 0.5)
-    assert cpu.threads == usable_cpus() >= 1
+    assert cpu.threads == default_threads() >= 1
     gpu = resolve_limits(EngineConfig(), torch.device("cuda"))
     assert (gpu.device, gpu.max_num_batched_tokens, gpu.max_num_seqs) == ("cuda", 8192, 256)
     assert (gpu.max_prefill_tokens_while_decoding, gpu.memory_utilization) == (1024, 0.9)

@@ -200,3 +200,8 @@ def test_a_preempted_request_goes_on_with_the_same_tokens(loaded: LoadedModel) -
     assert not output.sampled_token_ids
     output = harness.step({"a": 3}, cached=[CachedRequest("a", [], 6)])
     assert first + output.sampled_token_ids["a"] + harness.decode({"a": 10}, 3)["a"] == expected
+
+
+def test_says_what_the_parts_of_a_step_took(loaded: LoadedModel) -> None:
+    output = Harness(loaded).step({"a": 5}, new=[new_request("a", A, [1, 2, 10])])
+    assert min(output.prepare_seconds, output.forward_seconds, output.sample_seconds) > 0

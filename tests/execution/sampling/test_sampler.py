@@ -153,7 +153,7 @@ def test_frequencies_match_the_distribution(params: SamplingParams) -> None:
     _add(sampler, 0, Row(params, logits, prompt=[0], output=[], seed=1234))
     slots = np.zeros(n, dtype=np.int64)
     tokens = sampler.sample(logits.repeat(n, 1), slots, np.arange(1, n + 1)).token_ids
-    counts = torch.bincount(tokens, minlength=vocab_size)
+    counts = torch.bincount(torch.from_numpy(tokens), minlength=vocab_size)
     kept, _ = kept_tokens(logits.tolist(), params)
     weights = torch.zeros(vocab_size, dtype=torch.float64)
     weights[kept] = (logits.double()[kept] / params.temperature).exp()
@@ -222,18 +222,20 @@ def test_logprobs_are_the_models_own() -> None:
 def test_memory_follows_the_requests_that_need_it() -> None:
     sampler = Sampler(1000, 64, CPU, EOS)
     logits = torch.zeros(1000)
+    requests = sampler._requests
 
-    def rows_held() -> int:
-        return len(sampler._penalties._counts.data) + len(sampler._biases._rows.data)
+    def tokens_held() -> int:
+        return sum(int(requests.records[name]["count"].sum()) for name in ("used", "biased", "stops"))
 
     _add(sampler, 0, Row(SamplingParams(), logits, [0], []))
-    assert rows_held() == 0
+    assert tokens_held() == 0
     for slot in range(1, 11):
-        _add(sampler, slot, Row(SamplingParams(presence_penalty=1.0, logit_bias={1: 1.0}), logits, [0], []))
-    assert 20 <= rows_held() <= 32
+        params = SamplingParams(presence_penalty=1.0, logit_bias={1: 1.0}, min_tokens=3)
+        _add(sampler, slot, Row(params, logits, [0, 0, 7], [3, 7]))
+    assert tokens_held() == 10 * (3 + 1 + 1)
     for slot in range(11):
         sampler.remove(slot)
-    assert rows_held() == 0
+    assert tokens_held() == 0
 
 
 def test_a_reused_slot_forgets_its_last_request() -> None:

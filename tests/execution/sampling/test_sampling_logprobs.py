@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 from penstock.core.types import TokenLogprobs
@@ -7,7 +8,7 @@ from penstock.execution.sampling.logprobs import prompt_token_logprobs, token_lo
 def test_logprobs_ranks_and_alternatives() -> None:
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     logits[2, 10:20] = 9.0  # ties: equal probability, ascending ids
-    tokens = torch.tensor([3, 0, 15, 49, 7])
+    tokens = np.array([3, 0, 15, 49, 7])
     entries = token_logprobs(logits, tokens, 20).to_structs([20, 0, 5, 1, 3])
     expected = torch.log_softmax(logits.double(), dim=1)
     for row, entry in enumerate(entries):
@@ -25,7 +26,7 @@ def test_logprobs_ranks_and_alternatives() -> None:
 
 
 def test_more_alternatives_than_vocabulary() -> None:
-    (entry,) = token_logprobs(torch.zeros(1, 4), torch.tensor([2]), 20).to_structs([20])
+    (entry,) = token_logprobs(torch.zeros(1, 4), np.array([2]), 20).to_structs([20])
     assert [token_id for token_id, _ in entry.top] == [0, 1, 2, 3]
     assert entry.rank == 1
 
@@ -33,8 +34,8 @@ def test_more_alternatives_than_vocabulary() -> None:
 def test_prompt_logprobs_in_chunks_bound_the_logits_and_change_nothing() -> None:
     head = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
     hidden = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))
-    rows = torch.arange(1, 38)
-    tokens = torch.arange(37) % 64
+    rows = np.arange(1, 38)
+    tokens = np.arange(37) % 64
     num_top = [3, 0] * 18 + [1]
     sizes: list[int] = []
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
+from penstock.execution.kernels.attention import KV_KINDS, TILE_TOKENS
+from penstock.execution.kernels.native import native_available, unavailable_reason
 
 if TYPE_CHECKING:
     from penstock.execution.attention.context import AttentionMetadata
@@ -22,18 +24,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one layer. The first dimension of both is the block; the rest is the backend's."""
+    """Keys and values of one layer. The first dimension of all tensors is the block; the rest is the backend's.
+
+    The scales belong to a cache of integers; others have none."""
 
     key: Tensor
     value: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that moves with a block."""
+        return [x for x in (self.key, self.value, self.key_scales, self.value_scales) if x is not None]
 
     @property
     def num_blocks(self) -> int:
         return self.key.shape[0]
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block: keys are [num_blocks, block_size, KVH, D], or in tiles [num_blocks, KVH, block_size / tile, D, tile]."""
+        shape = self.key.shape
+        return shape[2] * shape[4] if len(shape) == 5 else shape[1]
+
+    @property
     def nbytes(self) -> int:
-        return self.key.nbytes + self.value.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Move(Protocol):
@@ -111,16 +128,59 @@ class AttentionBackend(Protocol):
 
 # Name → "module:class"; imported when chosen.
 _BACKENDS = {
+    "native": "penstock.execution.attention.native_paged:NativePagedAttention",
     "torch": "penstock.execution.attention.torch_paged:TorchPagedAttention",
 }
 
 
-def get_attention_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend called `name`; 'auto' takes the fastest for `device`. Raises ConfigError for an unknown name."""
+_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def get_attention_backend(
+    name: str,
+    device: torch.device,
+    *,
+    block_size: int | None = None,
+    head_dim: int | None = None,
+    kv_dtype: torch.dtype | None = None,
+) -> AttentionBackend:
+    """The backend called `name`; 'auto' takes the fastest for `device` that can do a cache of this block size, head size and type.
+
+    Raises ConfigError for an unknown name, and for 'native' where it cannot be.
+    """
     if name == "auto":
-        name = "torch"
+        fits = _native_fits(device, block_size, head_dim, kv_dtype)
+        name = "native" if fits and native_available() else "torch"
     if name not in _BACKENDS:
         raise ConfigError(f"--attention-backend {name!r} is unknown; supported: auto, {', '.join(sorted(_BACKENDS))}.")
+    if name == "native" and not native_available():
+        raise ConfigError(
+            f"--attention-backend native: there are no native CPU kernels ({unavailable_reason()}); use auto."
+        )
     module_name, class_name = _BACKENDS[name].split(":")
     backend: AttentionBackend = getattr(import_module(module_name), class_name)()
     return backend
+
+
+def cache_dtype(setting: str, arithmetic: torch.dtype) -> torch.dtype:
+    """The type of the KV cache that the setting kv_cache_dtype means for a model that computes in `arithmetic`."""
+    return arithmetic if setting == "auto" else _CACHE_DTYPES[setting]
+
+
+def check_cache_dtype(backend: AttentionBackend, kv_dtype: torch.dtype, arithmetic: torch.dtype) -> None:
+    """Raises ConfigError when `backend` cannot compute in `arithmetic` over a cache of `kv_dtype`."""
+    if backend.name != "native" and kv_dtype != arithmetic:
+        name, computed = (str(dtype).removeprefix("torch.") for dtype in (kv_dtype, arithmetic))
+        raise ConfigError(
+            f"--kv-cache-dtype {name} beside arithmetic in {computed} needs --attention-backend native (a CPU, native kernels, "
+            f"--block-size a multiple of {TILE_TOKENS}), but the backend is {backend.name}; use auto."
+        )
+
+
+def _native_fits(
+    device: torch.device, block_size: int | None, head_dim: int | None, kv_dtype: torch.dtype | None
+) -> bool:
+    """Whether the native kernels can do such a cache; not when anything about it is unknown."""
+    if device.type != "cpu" or block_size is None or head_dim is None:
+        return False
+    return block_size % TILE_TOKENS == 0 and head_dim % 2 == 0 and kv_dtype in KV_KINDS

@@ -17,7 +17,6 @@ the bottom right. The bound keeps masks small.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.execution.attention.backend import KVCache, Move
+from penstock.execution.attention.blocks import copy_blocks, move_blocks, zeroed
 from penstock.execution.attention.context import AttentionMetadata
 
 # Contexts up to this many tokens share a batch whatever their lengths: padding them costs less than another call.
@@ -42,9 +42,6 @@ _UNCUT = 384
 
 # Query tokens of one request that are attended to in one call.
 _MAX_CHUNK = 1024
-
-# Bytes; a cache line, and the widest vector.
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class TorchPagedAttention:
         device: torch.device,
     ) -> KVCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        return KVCache(_zeroed(shape, dtype, device), _zeroed(shape, dtype, device))
+        return KVCache(zeroed(shape, dtype, device), zeroed(shape, dtype, device))
 
     def allocate_host_cache(
         self,
@@ -109,7 +106,7 @@ class TorchPagedAttention:
             return KVCache(
                 torch.zeros(shape, dtype=dtype, pin_memory=True), torch.zeros(shape, dtype=dtype, pin_memory=True)
             )
-        return KVCache(_zeroed(shape, dtype, device), _zeroed(shape, dtype, device))
+        return KVCache(zeroed(shape, dtype, device), zeroed(shape, dtype, device))
 
     def bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
@@ -133,25 +130,13 @@ class TorchPagedAttention:
         return output
 
     def copy_blocks(self, kv_caches: Sequence[KVCache], source: Tensor, target: Tensor) -> None:
-        for cache in kv_caches:
-            for tensor in (cache.key, cache.value):
-                tensor.index_copy_(0, target, tensor.index_select(0, source))
+        copy_blocks(kv_caches, source, target)
 
     def swap_out(self, kv_caches: Sequence[KVCache], host_caches: Sequence[KVCache], moves: Sequence[Move]) -> None:
-        _move_blocks(kv_caches, host_caches, moves)
+        move_blocks(kv_caches, host_caches, moves)
 
     def swap_in(self, kv_caches: Sequence[KVCache], host_caches: Sequence[KVCache], moves: Sequence[Move]) -> None:
-        _move_blocks(host_caches, kv_caches, moves)
-
-
-def _zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeroed memory. On a CPU the system gives a page when it is first written; torch.zeros would write them all here and now."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+        move_blocks(host_caches, kv_caches, moves)
 
 
 def make_plan(metadata: AttentionMetadata, block_size: int, sliding_window: int | None, dtype: torch.dtype) -> Plan:
@@ -308,14 +293,3 @@ def _attend_prefill(query: Tensor, kv_cache: KVCache, chunk: PrefillChunk, scale
         enable_gqa=query.shape[1] != kv_cache.key.shape[2],
     )
     output[chunk.start : chunk.end] = attended.squeeze(0).transpose(0, 1)
-
-
-def _move_blocks(sources: Sequence[KVCache], targets: Sequence[KVCache], moves: Sequence[Move]) -> None:
-    if not moves:
-        return
-    source_ids = torch.tensor([move.source for move in moves], dtype=torch.int64)
-    target_ids = torch.tensor([move.target for move in moves], dtype=torch.int64)
-    for source, target in zip(sources, targets, strict=True):
-        for here, there in ((source.key, target.key), (source.value, target.value)):
-            blocks = here.index_select(0, source_ids.to(here.device))
-            there.index_copy_(0, target_ids.to(there.device), blocks.to(there.device))

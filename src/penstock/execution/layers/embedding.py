@@ -2,91 +2,180 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penstock.execution.layers.linear import LinearKernel, PlainLinear, linear_kernel, packing_pays
+from penstock.core.errors import IntegrityError
+from penstock.execution.kernels.linear import NativeLinear
+from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.layers.linear import LinearKernel, PackedLinear, PlainLinear, linear_kernel, packing_pays
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.weight import Weight
-
-# Rows compared at once when a smaller copy of a table is checked, so that the check needs no second table.
-_ROWS_PER_CHECK = 4096
+from penstock.execution.layers.weight import Slot, Slots, as_float
 
 # Up to this many bytes, a tied table may be in memory twice.
 _SMALL_TABLE = 16 * 2**20
 
 
+class Table(Protocol):
+    """Rows to look up. nbytes: what it holds in memory and nobody else does."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, input_ids: Tensor) -> Tensor: ...
+
+
+class PlainTable:
+    """A tensor [vocab_size, hidden_size]."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.nbytes = table.nbytes
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.table)
+
+
+class PackedTable:
+    """A weight in the layout of the native kernels. `shared`: it belongs to the output head, so it takes no memory of its own."""
+
+    def __init__(self, weight: NativeLinear, *, shared: bool) -> None:
+        self.weight = weight
+        self.nbytes = 0 if shared else weight.nbytes
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return self.weight.dequantize_rows(input_ids)
+
+
 class VocabEmbedding(nn.Module):
-    """Token ids int64 [T] → vectors [T, hidden_size], a fresh tensor that the caller may change."""
+    """Token ids int64 [T] → vectors [T, hidden_size], a fresh tensor that the caller may change.
+
+    The table keeps the type that the checkpoint stores it in, unless activations have a smaller one. Quantised tables are looked up as
+    they are where native kernels can.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, options: LayerOptions) -> None:
         super().__init__()
-        self.weight: Weight | None = Weight((vocab_size, hidden_size), options)
-        self.dtype = options.dtype
-        self._table = self.weight.data
+        self.shape = (vocab_size, hidden_size)
+        self.options = options
+        self.head: LMHead | None = None
+        self._table: Table | None = None
+
+    @property
+    def table(self) -> Table:
+        """Raises IntegrityError before the layer is loaded."""
+        if self._table is None:
+            raise IntegrityError("an embedding was used before its table was loaded")
+        return self._table
 
     @property
     def nbytes(self) -> int:
-        """Memory of the table."""
-        return self._table.nbytes
+        """Memory of the table that is not the output head's."""
+        return self.table.nbytes
 
-    def shrink(self, dtype: torch.dtype) -> bool:
-        """Look up in a copy of type `dtype` from now on. False, and nothing is done, unless that is smaller and exact."""
-        if dtype.itemsize >= self._table.dtype.itemsize:
-            return False
-        smaller = self._table.to(dtype)
-        for start in range(0, len(smaller), _ROWS_PER_CHECK):
-            rows = slice(start, start + _ROWS_PER_CHECK)
-            if not torch.equal(smaller[rows].to(self._table.dtype), self._table[rows]):
-                return False
-        self._table = smaller
-        return True
+    def slots(self) -> Slots:
+        """The place for the table. With a tied head it is treated as the head's weight."""
+        return {("weight", None): Slot(self.shape, "table" if self.head is None else "head", self._take)}
 
-    def finish_loading(self) -> None:
-        """The table is no parameter of this module any more. Idempotent."""
-        self.weight = None
+    @property
+    def native_weight(self) -> NativeLinear | None:
+        """The table in the layout of the native kernels, if that is how it is kept."""
+        return self._table.weight if isinstance(self._table, PackedTable) else None
+
+    def take_native(self, weight: NativeLinear) -> None:
+        """Use a table that was packed before."""
+        self._table = PackedTable(weight, shared=self.head is not None)
+        if self.head is not None:
+            self.head.take_native(weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return F.embedding(input_ids, self._table).to(self.dtype)
+        return self.table(input_ids).to(self.options.dtype)
+
+    def _take(self, value: Tensor | QuantizedTensor) -> None:
+        if self.head is not None:
+            self._table = self.head.take_tied(value)
+            return
+        if self.options.native and isinstance(value, QuantizedTensor):
+            weight = linear_kernel([value], None, self.options)
+            if isinstance(weight, NativeLinear):
+                self._table = PackedTable(weight, shared=False)
+                return
+        self._table = PlainTable(_smallest(as_float(value), self.options))
 
 
 class LMHead(nn.Module):
     """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]. With `tied_to`, the weight is the embedding's table.
 
-    A packed head is about twice as fast for small batches, but nothing can be looked up in a packed table. So where the
-    checkpoint is stored in half precision and arithmetic is float32, lookups read a table of the stored type and the head has the
-    float32 one for itself. Small tables are simply kept twice. Everywhere else the two share one plain table.
+    A native head is looked up in as it is, so there is one table in memory. Torch's packed head is about twice as fast as a plain one
+    for small batches, but nothing can be looked up in it. So where the checkpoint is stored in half precision and arithmetic is float32,
+    lookups read a table of the stored type and the head has the float32 one for itself. Small tables are simply kept twice. Everywhere
+    else the two share one plain table.
     """
 
     def __init__(
         self, vocab_size: int, hidden_size: int, options: LayerOptions, *, tied_to: VocabEmbedding | None = None
     ) -> None:
         super().__init__()
+        self.shape = (vocab_size, hidden_size)
+        self.options = options
         self.tied = tied_to is not None
-        weight = None if tied_to is None else tied_to.weight
-        if weight is None:
-            weight = Weight((vocab_size, hidden_size), options)
-        self.weight: Weight | None = weight
-        self._kernel: LinearKernel = PlainLinear(weight, None)
+        self._kernel: LinearKernel | None = None
+        self._shares_table = False
+        if tied_to is not None:
+            # Not a submodule of the embedding: the head is part of the model under its own name.
+            object.__setattr__(tied_to, "head", self)
+
+    @property
+    def kernel(self) -> LinearKernel:
+        """What computes the product. Raises IntegrityError before the layer is loaded."""
+        if self._kernel is None:
+            raise IntegrityError("an output head was used before its weight was loaded")
+        return self._kernel
 
     @property
     def nbytes(self) -> int:
-        """Memory of the weight; 0 when it is the embedding's table."""
-        return 0 if self.tied else self._kernel.nbytes
+        """Memory of the weight; 0 when it is a plain table that the embedding counts."""
+        return 0 if self._shares_table else self.kernel.nbytes
 
-    def finish_loading(self, embedding: VocabEmbedding, stored_as: torch.dtype) -> None:
-        """Hand the weight to this device's kernel; it is no parameter of this module any more. Idempotent.
+    def slots(self) -> Slots:
+        """The place for the weight; none when it comes with the embedding."""
+        return {} if self.tied else {("weight", None): Slot(self.shape, "head", self._take)}
 
-        stored_as: the type that the checkpoint's numbers had.
-        """
-        if self.weight is None:
-            return
-        if self.tied and packing_pays(self.weight):
-            self.tied = not (embedding.shrink(stored_as) or self.weight.nbytes <= _SMALL_TABLE)
-        if not self.tied:
-            self._kernel = linear_kernel(self.weight.data, None)
-        self.weight = None
+    @property
+    def native_weight(self) -> NativeLinear | None:
+        """The weight in the layout of the native kernels; None when the embedding has it as well."""
+        return self._kernel if isinstance(self._kernel, NativeLinear) and not self.tied else None
+
+    def take_native(self, weight: NativeLinear) -> None:
+        """Use a weight that was packed before."""
+        self._kernel = weight
+
+    def take_tied(self, value: Tensor | QuantizedTensor) -> Table:
+        """Take the embedding's weight; returns the table for lookups."""
+        if self.options.native:
+            self._take(value)
+            if isinstance(self._kernel, NativeLinear):
+                return PackedTable(self._kernel, shared=True)
+        stored = _smallest(as_float(value), self.options)
+        weight = stored.to(self.options.dtype)
+        if packing_pays(weight) and (stored.dtype != weight.dtype or weight.nbytes <= _SMALL_TABLE):
+            self._kernel = PackedLinear(weight, None)
+            return PlainTable(stored)
+        self._shares_table = True
+        self._kernel = PlainLinear(weight, None)
+        return PlainTable(weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._kernel(hidden).float()
+        return self.kernel(hidden).float()
+
+    def _take(self, value: Tensor | QuantizedTensor) -> None:
+        self._kernel = linear_kernel([value], None, self.options)
+
+
+def _smallest(value: Tensor, options: LayerOptions) -> Tensor:
+    """The table on the device, in the type that it has or in that of weights, whichever is smaller."""
+    wanted = options.weight_dtype or options.dtype
+    dtype = wanted if wanted.itemsize < value.dtype.itemsize else value.dtype
+    return value.to(options.device, dtype)

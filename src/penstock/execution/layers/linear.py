@@ -6,20 +6,27 @@
       QKVParallelLinear           query, key and value projections, split by heads
     RowParallelLinear           input features can be split; takes what a ColumnParallelLinear gives
 
-Weights are [out_features, in_features] as in checkpoints. How the product is computed is the business of a `LinearKernel`, which
-takes the loaded weight and keeps it in the layout that it likes best.
+Weights are [out_features, in_features] as in checkpoints, plain or quantised. How the product is computed is the business of a
+`LinearKernel`, which is made when the last tensor of a layer has come, and keeps the weight in the layout that it likes best.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penstock.core.errors import IntegrityError
+from penstock.execution.kernels.linear import MAX_SEGMENTS, NativeLinear, PackedWeight, pack_float, pack_quantized
+from penstock.execution.kernels.quantized import QuantizedTensor
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.weight import Weight
+from penstock.execution.layers.weight import Slot, Slots, as_float
+
+# Input features that share a scale: a multiple of this.
+_SMALLEST_GROUP = 16
 
 
 class LinearKernel(Protocol):
@@ -66,9 +73,84 @@ class PackedLinear:
         return output
 
 
-def linear_kernel(weight: Tensor, bias: Tensor | None) -> LinearKernel:
-    """The fastest kernel for this weight's type and device."""
+def linear_kernel(
+    parts: Sequence[Tensor | QuantizedTensor], bias: Tensor | None, options: LayerOptions
+) -> LinearKernel:
+    """The fastest kernel for weights [N_i, K] whose outputs lie side by side, and their bias [sum N_i].
+
+    Native kernels keep every part in the precision that it has; consecutive parts of one kind become one weight. Torch's operators get
+    all parts in the type of activations.
+    """
+    if options.native:
+        return _native_kernel(parts, bias, options)
+    weight = _joined([as_float(part).to(options.device, options.dtype) for part in parts])
+    bias = None if bias is None else bias.to(options.device, options.dtype)
     return PackedLinear(weight, bias) if packing_pays(weight) else PlainLinear(weight, bias)
+
+
+def _native_kernel(
+    parts: Sequence[Tensor | QuantizedTensor], bias: Tensor | None, options: LayerOptions
+) -> NativeLinear:
+    segments = list(_segments([_computable(part, options) for part in parts]))
+    if len(segments) > MAX_SEGMENTS:
+        segments = [_joined([as_float(part).to(torch.float32) for part in segments])]
+    packed, start = [], 0
+    for segment in segments:
+        stop = start + segment.shape[0]
+        packed.append(_pack(segment, None if bias is None else bias[start:stop].to(torch.float32)))
+        start = stop
+    return NativeLinear(packed, bf16_arithmetic=options.bf16_arithmetic)
+
+
+def _pack(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> PackedWeight:
+    return pack_quantized(weight, bias) if isinstance(weight, QuantizedTensor) else pack_float(weight, bias)
+
+
+def _computable(part: Tensor | QuantizedTensor, options: LayerOptions) -> Tensor | QuantizedTensor:
+    """The part as native kernels can compute with it; the same numbers, unless options ask for another float type."""
+    if isinstance(part, Tensor):
+        return part if options.weight_dtype is None else part.to(options.weight_dtype)
+    # Kernels have offsets with groups only, so that one offset per output feature is spread over groups, for which there must be a size.
+    rowwise = part.offsets is not None and part.group_size == part.shape[1]
+    return part.dequantize() if rowwise and part.shape[1] % _SMALLEST_GROUP else part
+
+
+def _segments(parts: Sequence[Tensor | QuantizedTensor]) -> Iterator[Tensor | QuantizedTensor]:
+    """The parts, with consecutive ones of one kind joined."""
+    start = 0
+    for stop in range(1, len(parts) + 1):
+        if stop == len(parts) or not _joinable(parts[start], parts[stop]):
+            run = parts[start:stop]
+            floats = [part for part in run if isinstance(part, Tensor)]
+            yield _joined(floats) if floats else _joined_quantized([p for p in run if isinstance(p, QuantizedTensor)])
+            start = stop
+
+
+def _joinable(one: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
+    if (one.bits, one.group_size, one.offsets is None) != (other.bits, other.group_size, other.offsets is None):
+        return False
+    if one.input_order is None or other.input_order is None:
+        return one.input_order is other.input_order
+    return torch.equal(one.input_order, other.input_order)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _joined_quantized(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    first = parts[0]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return QuantizedTensor(
+        _joined([part.codes for part in parts]),
+        first.bits,
+        first.group_size,
+        _joined([part.scales for part in parts]),
+        _joined(offsets) if offsets else None,
+        first.input_order,
+    )
 
 
 def packing_pays(weight: Tensor) -> bool:
@@ -83,7 +165,11 @@ def packing_available() -> bool:
 
 
 class Linear(nn.Module):
-    """y = x @ weight.T + bias, for x [T, in_features]. Call `finish_loading` once the weight is there."""
+    """y = x @ weight.T + bias, for x [T, in_features].
+
+    shards: the output features [start, end) of each tensor of the checkpoint, where several make up this layer. What has come is kept as
+    it is until the last one comes; then the kernel is made of all of them.
+    """
 
     def __init__(
         self,
@@ -95,24 +181,59 @@ class Linear(nn.Module):
         shards: dict[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
-        self.weight: Weight | None = Weight((out_features, in_features), options, shards)
-        self.bias: Weight | None = Weight((out_features,), options, shards) if bias else None
-        self._kernel: LinearKernel = PlainLinear(self.weight, self.bias)
+        self.in_features, self.out_features = in_features, out_features
+        self.options = options
+        self._rows: dict[str | None, int] = {None: out_features}
+        if shards:
+            self._rows = {name: end - start for name, (start, end) in shards.items()}
+        self._names = ("weight", "bias") if bias else ("weight",)
+        self._parts: dict[tuple[str, str | None], Tensor | QuantizedTensor] = {}
+        self._kernel: LinearKernel | None = None
+
+    @property
+    def kernel(self) -> LinearKernel:
+        """What computes the product. Raises IntegrityError before the layer is loaded."""
+        if self._kernel is None:
+            raise IntegrityError("a linear layer was used before its weights were loaded")
+        return self._kernel
 
     @property
     def nbytes(self) -> int:
         """Memory of weight and bias."""
-        return self._kernel.nbytes
+        return self.kernel.nbytes
 
-    def finish_loading(self) -> None:
-        """Hand weight and bias to this device's kernel; they are no parameters of this module any more. Idempotent."""
-        if self.weight is not None:
-            self._kernel = linear_kernel(self.weight.data, None if self.bias is None else self.bias.data)
-        self.weight = None
-        self.bias = None
+    def slots(self) -> Slots:
+        """The places for weights and biases, in the order of the outputs."""
+        return {
+            (name, shard): Slot(
+                (rows, self.in_features) if name == "weight" else (rows,),
+                "linear" if name == "weight" else "vector",
+                lambda value, key=(name, shard): self._take(key, value),  # type: ignore[misc]
+            )
+            for name in self._names
+            for shard, rows in self._rows.items()
+        }
+
+    @property
+    def native_weight(self) -> NativeLinear | None:
+        """The weight in the layout of the native kernels, if that is how it is kept."""
+        return self._kernel if isinstance(self._kernel, NativeLinear) else None
+
+    def take_native(self, weight: NativeLinear) -> None:
+        """Use a weight that was packed before."""
+        self._kernel = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._kernel(x)
+        return self.kernel(x)
+
+    def _take(self, key: tuple[str, str | None], value: Tensor | QuantizedTensor) -> None:
+        self._parts[key] = value
+        if len(self._parts) == len(self._names) * len(self._rows):
+            parts, self._parts = self._parts, {}
+            weights = [parts["weight", shard] for shard in self._rows]
+            biases = [as_float(parts["bias", shard]) for shard in self._rows] if "bias" in self._names else None
+            del parts
+            self._kernel = linear_kernel(weights, None if biases is None else _joined(biases), self.options)
 
 
 class ReplicatedLinear(Linear):

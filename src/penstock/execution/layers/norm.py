@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penstock.execution.kernels.native import native_available
+from penstock.execution.kernels.rows import rms_norm
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.weight import Weight
 
@@ -19,4 +22,6 @@ class RMSNorm(nn.Module):
         self.shape = (size,)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and x.device.type == "cpu" and native_available():
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.shape, self.weight, self.eps)

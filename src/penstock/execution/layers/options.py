@@ -11,8 +11,16 @@ from penstock.execution.attention.backend import AttentionBackend
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """Handed from the model down to every layer. `dtype` is the type of arithmetic and of stored weights."""
+    """Handed from the model down to every layer.
+
+    dtype: the type of activations, and of weights that torch computes with. Float32 with native kernels.
+    native: linear layers run on the native CPU kernels. weight_dtype: the type in which they keep float weights; None: as the checkpoint
+    stores them, which loses nothing. bf16_arithmetic: they may use the processor's bfloat16 units.
+    """
 
     dtype: torch.dtype
     device: torch.device
     attention_backend: AttentionBackend
+    native: bool = False
+    weight_dtype: torch.dtype | None = None
+    bf16_arithmetic: bool = False

@@ -43,6 +43,10 @@ class RopeConfig:
     truncate: bool = True
 
 
+# Positions that a table starts with.
+_FIRST_TABLE = 1024
+
+
 class RotaryEmbedding(nn.Module):
     """Gives cosines and sines for positions; computed once per forward pass and shared by all layers.
 
@@ -63,17 +67,31 @@ class RotaryEmbedding(nn.Module):
         self.dtype = dtype
         self.register_buffer("inv_freq", inverse_frequencies(config, head_dim).to(device), persistent=False)
         self.attention_factor = yarn_attention_factor(config) if config.rope_type == "yarn" else 1.0
+        self._table = torch.empty(0, head_dim, device=device)
+
+    def table(self, length: int) -> Tensor:
+        """float32 [P, D] with P >= length: D/2 cosines, then D/2 sines of each position. Kept, and made longer when it must be."""
+        if len(self._table) < length:
+            size = max(_FIRST_TABLE, 1 << (length - 1).bit_length())
+            cos, sin = self._angles(torch.arange(size, device=self.inv_freq.device))
+            self._table = torch.cat((cos, sin), dim=-1)
+        return self._table
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._angles(positions)
+        cos = torch.cat((cos, cos), dim=-1).unsqueeze(1)
+        sin = torch.cat((-sin, sin), dim=-1).unsqueeze(1)
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [T, D/2] each."""
         position = positions.to(torch.float32).unsqueeze(-1)
         inv_freq = self._dynamic_frequencies(position) if self.config.rope_type == "dynamic" else self.inv_freq
         angle = position * inv_freq
         cos, sin = angle.cos(), angle.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
-        cos = torch.cat((cos, cos), dim=-1).unsqueeze(1)
-        sin = torch.cat((-sin, sin), dim=-1).unsqueeze(1)
-        return cos.to(self.dtype), sin.to(self.dtype)
+        return cos, sin
 
     def _dynamic_frequencies(self, position: Tensor) -> Tensor:
         """[T, D/2]: each token's own frequencies."""

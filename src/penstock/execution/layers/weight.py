@@ -1,36 +1,67 @@
-"""A parameter that knows which parts of it come from which tensors of a checkpoint."""
+"""How the numbers of a checkpoint get into a layer: small parameters have memory from the start, large weights are handed over whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from penstock.execution.kernels.linear import NativeLinear
+from penstock.execution.kernels.quantized import QuantizedTensor
 from penstock.execution.layers.options import LayerOptions
+
+# What a tensor is for, which decides how it may be rounded: the weight of a linear layer, that of the output head (also when it is the
+# embedding's table too), a table that is only looked up in, or a norm or bias.
+SlotRole = Literal["linear", "head", "table", "vector"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a layer that one tensor of a checkpoint fills. `fill` takes a tensor of shape `shape`; only matrices may be quantised."""
+
+    shape: tuple[int, ...]
+    role: SlotRole
+    fill: Callable[[Tensor | QuantizedTensor], None]
+
+
+# (name of the parameter, shard) → its slot. A shard is None where one tensor is all of the parameter.
+Slots = Mapping[tuple[str, str | None], Slot]
+
+
+@runtime_checkable
+class WeightHolder(Protocol):
+    """A layer that takes its weights through slots and has no memory for them before.
+
+    native_weight: what it holds in the layout of the native kernels, which can be kept on disk; None before it is loaded and where it
+    holds nothing of the kind. take_native: receives such a weight instead of tensors for its slots.
+    """
+
+    def slots(self) -> Slots: ...
+
+    @property
+    def native_weight(self) -> NativeLinear | None: ...
+
+    def take_native(self, weight: NativeLinear) -> None: ...
 
 
 class Weight(nn.Parameter):
-    """Uninitialised memory for one weight or bias.
+    """Uninitialised memory for one small parameter, in the type of activations; what a checkpoint has is converted to it."""
 
-    `shards` maps a shard's name to its rows [start, end) when several checkpoint tensors lie one after the other in this one,
-    such as q, k and v; empty when the parameter is one tensor of the checkpoint.
-    """
-
-    shards: Mapping[str, tuple[int, int]]
-
-    def __new__(
-        cls, shape: tuple[int, ...], options: LayerOptions, shards: Mapping[str, tuple[int, int]] | None = None
-    ) -> Self:
+    def __new__(cls, shape: tuple[int, ...], options: LayerOptions) -> Self:
         data = torch.empty(shape, dtype=options.dtype, device=options.device)
-        weight = super().__new__(cls, data, requires_grad=False)
-        weight.shards = shards or {}
-        return weight
+        return super().__new__(cls, data, requires_grad=False)
 
-    def target(self, shard: str | None) -> Tensor:
-        """The part that a checkpoint's tensor fills: `shard`, or all of it for None. Raises KeyError for a shard it has not."""
-        if shard is None:
-            return self.data
-        start, end = self.shards[shard]
-        return self.data[start:end]
+    def slot(self) -> Slot:
+        """The place for the one tensor that fills it."""
+        return Slot(tuple(self.shape), "vector", self._fill)
+
+    def _fill(self, value: Tensor | QuantizedTensor) -> None:
+        self.data.copy_(as_float(value))
+
+
+def as_float(value: Tensor | QuantizedTensor) -> Tensor:
+    """A float tensor as it is; float32 of a quantised one."""
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value

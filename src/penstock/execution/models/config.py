@@ -10,6 +10,8 @@ import torch
 
 from penstock.execution.layers.rotary import ROPE_TYPES, RopeConfig, RopeType
 from penstock.execution.models.fields import Fields
+from penstock.execution.models.quantization_config import read_quantization
+from penstock.execution.quantization.registry import CheckpointQuantization
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -29,7 +31,8 @@ class ModelConfig:
     max_position_embeddings: as in config.json; `max_model_len` is the usable context.
     eos_token_ids: from generation_config.json if it has them, else config.json; may be empty.
     attention_bias, mlp_bias: the flags of config.json; each architecture says which layers they concern.
-    dtype: the type in which the checkpoint says it is stored.
+    dtype: the type in which the checkpoint says it is stored, quantised weights excepted.
+    quantization: how they are quantised; None in plain checkpoints.
     """
 
     model_type: str
@@ -50,6 +53,7 @@ class ModelConfig:
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    quantization: CheckpointQuantization | None = None
 
     @property
     def sliding_window(self) -> int | None:
@@ -72,8 +76,6 @@ class ModelConfig:
         model_type = fields.string("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             fields.fail("model_type", f"{model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
-        if fields.present("quantization_config"):
-            fields.fail("quantization_config", "quantised checkpoints are not supported; use the unquantised one")
         if fields.string("hidden_act", "silu") != "silu":
             fields.fail("hidden_act", "only 'silu' is supported")
 
@@ -102,6 +104,7 @@ class ModelConfig:
             mlp_bias=fields.boolean("mlp_bias", False),
             eos_token_ids=_eos_token_ids(folder, fields),
             dtype=_dtype(fields),
+            quantization=read_quantization(folder, fields),
         )
 
 

@@ -6,7 +6,7 @@ An architecture's own file says what its attention looks like and, where it diff
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from penstock.execution.layers.norm import RMSNorm
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.rotary import RotaryEmbedding
 from penstock.execution.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from penstock.execution.models.native_decoder import NativeDecoder
 
 
 class DecoderLayer(nn.Module):
@@ -48,21 +51,33 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(make_layer(config, index, options) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, options.dtype, options.device)
+        self.native: NativeDecoder | None = None
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self.rotary(positions)
         residual: Tensor = self.embed_tokens(input_ids)
+        if self.native is not None:
+            return self.native(residual, positions)
+        cos, sin = self.rotary(positions)
         for layer in self.layers:
             layer(residual, cos, sin)
         hidden: Tensor = self.norm(residual)
         return hidden
+
+    def run_natively(self, config: ModelConfig) -> None:
+        """Run all layers as one native call from now on, if their weights and attention are native."""
+        from penstock.execution.models.native_decoder import native_decoder
+
+        self.native = native_decoder(config, list(self.layers), self.norm.weight.data, self.rotary)
 
 
 class CausalLM(nn.Module):
     """A decoder with an output head.
 
     `packed_modules`: for each module of a checkpoint that is a part of one of ours, which one and as which shard.
+    `native_layers`: the layers compute exactly what csrc/decoder.cpp does, with parts of the same names.
     """
+
+    native_layers: ClassVar[bool] = False
 
     packed_modules: ClassVar[Mapping[str, tuple[str, str]]] = {
         "q_proj": ("qkv_proj", "q"),
@@ -99,12 +114,10 @@ class CausalLM(nn.Module):
         return logits
 
     def finish_loading(self) -> None:
-        """Put the loaded weights into the layouts that this device computes with, one layer at a time."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.finish_loading()
-        self.lm_head.finish_loading(self.model.embed_tokens, self.config.dtype)
-        self.model.embed_tokens.finish_loading()
+        """Called when all weights have come. Raises IntegrityError when a layer has none."""
+        self.weight_bytes()
+        if self.native_layers:
+            self.model.run_natively(self.config)
 
     def weight_bytes(self) -> int:
         """Memory of all weights in the layouts that they have now."""

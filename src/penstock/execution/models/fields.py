@@ -52,6 +52,15 @@ class Fields:
             self.fail(name, f"must be an object, not {value!r}")
         return Fields(self._file, value, f"{self._prefix}{name}.")
 
+    def sections(self, name: str) -> list[Fields]:
+        """The objects within the object in field `name`; none when absent."""
+        section = self.section(name)
+        return [section.section(inner) for inner in section.names()]
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all fields that are there."""
+        return tuple(self._data)
+
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int):

@@ -47,5 +47,7 @@ def make_llama_layer(config: ModelConfig, layer_index: int, options: LayerOption
 
 
 class LlamaForCausalLM(CausalLM):
+    native_layers = True
+
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         super().__init__(config, make_llama_layer, options)

@@ -1,102 +1,207 @@
-"""Fills a model with the weights of a folder of safetensors files.
+"""Moves the weights of a source into a model, one tensor at a time.
 
-Every tensor of the checkpoint has exactly one place and every place gets exactly one tensor; anything else is an error that names
-the tensor and the file. Files are memory-mapped: a tensor's bytes are read once, into their place, converted on the way.
+Every tensor of the source has exactly one place and every place gets exactly one tensor; anything else is an error that names the tensor
+and the file, before anything is read. A layer has no memory for its weight before the first of its tensors comes, and when the last one
+has come it keeps them in the layout of its kernel; so memory holds the finished layers, and the tensors of the one at hand.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from safetensors import SafetensorError, safe_open
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from penstock.core.errors import ModelFormatError
-from penstock.execution.layers.weight import Weight
+from penstock.core.errors import ConfigError, ModelFormatError
+from penstock.execution.kernels.linear import NativeLinear
+from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.layers.weight import Slot, SlotRole, Weight, WeightHolder
 from penstock.execution.models.decoder import CausalLM
-from penstock.execution.models.fields import Fields
-from penstock.execution.models.safetensors_file import TensorInfo, read_header
-
-_INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+from penstock.execution.models.precision import PrecisionCensus
+from penstock.execution.models.source import RowSource, WeightSource
+from penstock.execution.quantization.rounding import RoundedWeight, RoundingScheme
 
 # Tensors of old checkpoints that hold nothing which config.json does not say.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
-# A parameter and the part of it that one tensor of the checkpoint fills.
+# Weights that are read at a time to be rounded.
+_ROUNDED_AT_ONCE = 1 << 20
+
+# Bytes that are read before freed memory is given back.
+_READ_BETWEEN_TRIMS = 1 << 24
+
+# A module's parameter and the part of it that one tensor of the checkpoint fills.
 _Place = tuple[str, str | None]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of `folder`: those of the index file, or the one and only. Raises ModelFormatError."""
-    if (folder / _INDEX_FILE).is_file():
-        return sorted({folder / name for name in _weight_map(folder).values()})
-    if (folder / _SINGLE_FILE).is_file():
-        return [folder / _SINGLE_FILE]
-    if found := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES):
-        raise ModelFormatError(
-            f"{folder} has weights only as {found[0]}; that format can run code when it is opened. "
-            "Convert the model to safetensors (transformers: save_pretrained) or get it in that format."
+@dataclass(frozen=True)
+class Rounding:
+    """Schemes for the float weights of a role; roles that are not there stay as they are. setting: what asked for it, for messages."""
+
+    schemes: Mapping[SlotRole, RoundingScheme]
+    setting: str
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What happens to weights on their way into the model.
+
+    rounding: round float weights; a weight that is quantised already is a ConfigError then. dequantize: turn quantised weights back into
+    floats. packed: weights of whole layers, by module name, that were packed before and need not be read. progress: show a bar.
+    """
+
+    rounding: Rounding | None = None
+    dequantize: bool = False
+    packed: Mapping[str, NativeLinear] = field(default_factory=dict)
+    progress: bool = False
+
+
+def load_weights(model: CausalLM, source: WeightSource, options: LoadOptions) -> PrecisionCensus:
+    """Fill all layers of `model`. Returns what they were filled with. Raises ModelFormatError and ConfigError."""
+    slots = model_slots(model)
+    places = _assign_places(model, source, slots)
+    census = PrecisionCensus()
+    holders = _holders(model)
+    for module_name, weight in options.packed.items():
+        holders[module_name].take_native(weight)
+        role = next(iter(holders[module_name].slots().values())).role
+        for segment in weight.segments:
+            census.add_packed(role, segment)
+    names = [name for name in places if places[name][0].rpartition(".")[0] not in options.packed]
+    # The largest go first: while they are in memory twice, nothing else is there.
+    names.sort(key=lambda name: slots[places[name]].role not in ("head", "table"))
+    total, read = sum(source.nbytes(name) for name in names), 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not options.progress) as bar:
+        for name in names:
+            slot = slots[places[name]]
+            value = _read(source, name, slot, options)
+            census.add(slot.role, value)
+            slot.fill(value)
+            del value
+            read += source.nbytes(name)
+            bar.update(source.nbytes(name))
+            if read >= _READ_BETWEEN_TRIMS:
+                trim_memory()
+                read = 0
+    trim_memory()
+    return census
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can; it otherwise keeps what lies between finished weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+def model_slots(model: CausalLM) -> dict[_Place, Slot]:
+    """All places of the model, in the order of its layers."""
+    slots: dict[_Place, Slot] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(module, WeightHolder):
+            slots |= {(f"{prefix}{name}", shard): slot for (name, shard), slot in module.slots().items()}
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            slots[name, None] = _parameter_slot(name, parameter)
+    return slots
+
+
+def native_weights(model: CausalLM) -> dict[str, NativeLinear]:
+    """The packed weights of all layers that have some, by module name."""
+    weights = {name: holder.native_weight for name, holder in _holders(model).items()}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def packed_weights_fit(model: CausalLM, weights: Mapping[str, NativeLinear]) -> bool:
+    """Whether packed weights belong to layers of this model and have their sizes."""
+    holders = _holders(model)
+    for name, weight in weights.items():
+        slots = holders[name].slots() if name in holders else {}
+        shapes = [slot.shape for slot in slots.values() if len(slot.shape) == 2]
+        if not shapes or (sum(rows for rows, _ in shapes), shapes[0][1]) != (weight.out_features, weight.in_features):
+            return False
+    return True
+
+
+def checkpoint_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that a checkpoint of the model has."""
+    return {_checkpoint_name(model, place): slot.shape for place, slot in model_slots(model).items()}
+
+
+def count_parameters(model: CausalLM) -> int:
+    """As in the checkpoint; tied weights count once."""
+    return sum(math.prod(slot.shape) for slot in model_slots(model).values())
+
+
+def _read(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> Tensor | QuantizedTensor:
+    scheme = None if options.rounding is None else options.rounding.schemes.get(slot.role)
+    if options.rounding is not None and scheme is not None:
+        try:
+            return _rounded(source, name, slot.shape, scheme, options.rounding.setting)
+        except ValueError as error:
+            raise ModelFormatError(f"{source.where(name)}: {error}.") from error
+    value = source.read(name)
+    return value.dequantize() if options.dequantize and isinstance(value, QuantizedTensor) else value
+
+
+def _rounded(
+    source: WeightSource, name: str, shape: tuple[int, ...], scheme: RoundingScheme, setting: str
+) -> QuantizedTensor:
+    rows, columns = shape
+    rounded = RoundedWeight(rows, columns, scheme)
+    if isinstance(source, RowSource):
+        step = max(1, _ROUNDED_AT_ONCE // columns)
+        for start in range(0, rows, step):
+            rounded.put(start, source.read_rows(name, start, min(rows, start + step)))
+        return rounded.tensor()
+    value = source.read(name)
+    if isinstance(value, QuantizedTensor):
+        raise ConfigError(
+            f"{setting} rounds plain weights, but {source.where(name)} is quantised already; drop {setting}."
         )
-    raise ModelFormatError(f"{folder} has no weights: neither {_SINGLE_FILE} nor {_INDEX_FILE} exists.")
+    rounded.put(0, value)
+    return rounded.tensor()
 
 
-def load_weights(model: CausalLM, files: list[Path], *, progress: bool) -> None:
-    """Copy all tensors of `files` into the parameters of `model`. Raises ModelFormatError."""
-    headers = {file: read_header(file) for file in files}
-    tensors: dict[str, TensorInfo] = {}
-    for file, header in headers.items():
-        for name, info in header.items():
-            if name in tensors:
-                raise ModelFormatError(f"{file}: tensor {name!r} is in {tensors[name].file.name} as well.")
-            tensors[name] = info
-    places = _assign_places(model, tensors)
-    parameters = _parameters(model)
-    total = sum(info.nbytes for info in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
-        for file, header in headers.items():
-            try:
-                opened: Any = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ModelFormatError(f"{file} is no safetensors file: {error}.") from error
-            with opened:
-                for name, info in header.items():
-                    if name in places:
-                        parameter, shard = places[name]
-                        parameters[parameter].target(shard).copy_(opened.get_tensor(name))
-                    bar.update(info.nbytes)
-
-
-def _assign_places(model: CausalLM, tensors: dict[str, TensorInfo]) -> dict[str, _Place]:
+def _assign_places(model: CausalLM, source: WeightSource, slots: Mapping[_Place, Slot]) -> dict[str, _Place]:
     """Which place each tensor fills. Raises ModelFormatError for unexpected, mis-shaped and missing tensors."""
-    parameters = _parameters(model)
-    missing: dict[_Place, None] = {
-        (name, shard): None for name, parameter in parameters.items() for shard in parameter.shards or (None,)
-    }
-    places = {}
-    for name, info in tensors.items():
+    missing = dict.fromkeys(slots)
+    places: dict[str, _Place] = {}
+    for name in source.names():
         if name.endswith(_IGNORED_SUFFIXES) or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         place = _place(model, name)
         if place not in missing:
+            if _says_nothing(source, name, place, slots):
+                continue
+            where = source.where(name).replace(": tensor ", ": unexpected tensor ")
+            raise ModelFormatError(f"{where}; a {model.config.model_type} model has none.")
+        if slots[place].shape != source.shape(name):
             raise ModelFormatError(
-                f"{info.file}: unexpected tensor {name!r}; a {model.config.model_type} model has none."
-            )
-        target = parameters[place[0]].target(place[1])
-        if tuple(target.shape) != info.shape:
-            raise ModelFormatError(
-                f"{info.file}: tensor {name!r} has shape {list(info.shape)}, config.json asks for {list(target.shape)}."
+                f"{source.where(name)} has shape {list(source.shape(name))}, config.json asks for {list(slots[place].shape)}."
             )
         del missing[place]
         places[name] = place
     if missing:
         names = [_checkpoint_name(model, place) for place in missing]
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
+        where = source.where(next(iter(places))).partition(": tensor")[0] if places else "the checkpoint"
         raise ModelFormatError(f"{where}: missing tensors: {listed}.")
     return places
+
+
+def _says_nothing(source: WeightSource, name: str, place: _Place, slots: Mapping[_Place, Slot]) -> bool:
+    """Whether this is the bias of a layer that has none, and zero: GPTQ tools give every layer a bias."""
+    parameter, shard = place
+    weight = slots.get((f"{parameter.removesuffix('.bias')}.weight", shard))
+    if not parameter.endswith(".bias") or weight is None or source.shape(name) != weight.shape[:1]:
+        return False
+    value = source.read(name)
+    return isinstance(value, Tensor) and not bool(torch.any(value != 0))
 
 
 def _place(model: CausalLM, name: str) -> _Place:
@@ -117,24 +222,11 @@ def _checkpoint_name(model: CausalLM, place: _Place) -> str:
     return ".".join(parts)
 
 
-def _parameters(model: CausalLM) -> dict[str, Weight]:
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, Weight):
-            raise TypeError(
-                f"parameter {name} is a {type(parameter).__name__}; layers make their parameters with Weight"
-            )
-        parameters[name] = parameter
-    return parameters
+def _holders(model: CausalLM) -> dict[str, WeightHolder]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, WeightHolder)}
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor → file name, from the index file; the files are in `folder` itself and exist."""
-    index = Fields.from_file(folder / _INDEX_FILE)
-    weight_map = index.string_map("weight_map")
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            index.fail("weight_map", f"{name!r} is no safetensors file of this folder")
-        if not (folder / name).is_file():
-            raise ModelFormatError(f"{folder / name} does not exist, but {_INDEX_FILE} lists it; download it again.")
-    return weight_map
+def _parameter_slot(name: str, parameter: nn.Parameter) -> Slot:
+    if not isinstance(parameter, Weight):
+        raise TypeError(f"parameter {name} is a {type(parameter).__name__}; layers make their parameters with Weight")
+    return parameter.slot()

@@ -16,5 +16,7 @@ def make_mistral_layer(config: ModelConfig, layer_index: int, options: LayerOpti
 
 
 class MistralForCausalLM(CausalLM):
+    native_layers = True
+
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         super().__init__(config, make_mistral_layer, options)

@@ -16,5 +16,7 @@ def make_qwen2_layer(config: ModelConfig, layer_index: int, options: LayerOption
 
 
 class Qwen2ForCausalLM(CausalLM):
+    native_layers = True
+
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         super().__init__(config, make_qwen2_layer, options)

@@ -47,5 +47,7 @@ def make_qwen3_layer(config: ModelConfig, layer_index: int, options: LayerOption
 
 
 class Qwen3ForCausalLM(CausalLM):
+    native_layers = True
+
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         super().__init__(config, make_qwen3_layer, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,12 +11,25 @@ from pathlib import Path
 import torch
 
 from penstock.core.config import EngineConfig
-from penstock.execution.attention.backend import AttentionBackend, get_attention_backend
+from penstock.execution.attention.backend import AttentionBackend, cache_dtype, get_attention_backend
+from penstock.execution.kernels.native import native_available
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.decoder import CausalLM
-from penstock.execution.models.dummy import fill_with_random_numbers
-from penstock.execution.models.loader import load_weights, weight_files
+from penstock.execution.models.dummy import DummySource
+from penstock.execution.models.loader import (
+    LoadOptions,
+    checkpoint_shapes,
+    count_parameters,
+    load_weights,
+    native_weights,
+    packed_weights_fit,
+)
+from penstock.execution.models.quantization_setting import check_quantization, weight_rounding
+from penstock.execution.models.source import WeightSource, checkpoint_files, open_source
+from penstock.execution.quantization.weight_cache import PendingCache, WeightCache, content_key, default_folder
+
+logger = logging.getLogger(__name__)
 
 # model_type → "module:class"; imported when a checkpoint asks for it.
 ARCHITECTURES = {
@@ -30,17 +44,27 @@ ARCHITECTURES = {
 class LoadedModel:
     """A model ready to run.
 
-    attention_backend: the one that its layers call; KV caches come from it.
-    model_hash: sha256 over config.json and the names and sizes of the weight files, or 'dummy' and the seed.
+    attention_backend: the one that its layers call; KV caches come from it. activation_dtype: the type of hidden states, and of keys and
+    values on their way to the cache.
+    weight_dtype: the type in which weights that are not quantised are kept.
+    quantization: in which precision weights are, such as 'int4 group 32, head int8'; 'none' when all are floats.
+    model_hash: sha256 over config.json, the names and sizes of the weight files and `quantization`; with dummy weights 'dummy', the seed
+    and such a hash.
     num_parameters: as in the checkpoint, tied weights counted once. weight_bytes: what they take in memory.
+    pending_cache: packed weights that are worth keeping on disk; None when there is nothing to write. Call its
+    `write_in_background` after the start.
     """
 
     model: CausalLM
     config: ModelConfig
     attention_backend: AttentionBackend
+    activation_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    quantization: str
     model_hash: str
     num_parameters: int
     weight_bytes: int
+    pending_cache: PendingCache | None = None
 
 
 def load_model(
@@ -48,22 +72,51 @@ def load_model(
 ) -> LoadedModel:
     """Build the model in `folder` and load its weights, computing in `dtype` on `device`.
 
-    `config` gives load_format, attention_backend and seed. `progress` shows a bar on stderr. Raises ModelFormatError when the folder
-    cannot be used. Takes no more memory than the weights and one layer.
+    `config` gives load_format, attention_backend, seed and everything about quantisation. `progress` shows a bar on stderr. Raises
+    ModelFormatError when the folder cannot be used and ConfigError when --quantization does not fit it. Takes no more memory than the
+    finished weights and one layer.
+
+    With native CPU kernels activations are float32 whatever `dtype` is; bfloat16 then means that float weights are kept in it and that
+    products may use the processor's bfloat16 units. --quantization int4 rounds the output head to 8 bits, which costs little time and
+    keeps the choice of the next token exact; a tied embedding is looked up in the rounded head, an untied one keeps its type.
     """
     model_config = ModelConfig.from_folder(folder)
-    files = [] if config.load_format == "dummy" else weight_files(folder)
-    backend = get_attention_backend(config.attention_backend, device)
-    model = build_model(model_config, LayerOptions(dtype=dtype, device=device, attention_backend=backend))
-    if config.load_format == "dummy":
-        fill_with_random_numbers(model, config.seed)
-        model_hash = f"dummy-{config.seed}-{_hash_files(folder, [])}"
+    check_quantization(config, model_config, folder)
+    options = _layer_options(config, model_config, device, dtype)
+    model = build_model(model_config, options)
+    dummy = config.load_format == "dummy"
+    files = [] if dummy else checkpoint_files(folder)
+    if dummy:
+        source: WeightSource = DummySource(checkpoint_shapes(model), model_config.dtype, config.seed)
     else:
-        load_weights(model, files, progress=progress)
-        model_hash = _hash_files(folder, files)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        source = open_source(folder, model_config.quantization)
+    cache = _weight_cache(config, options, folder, files)
+    packed = {} if cache is None else cache.read(options.bf16_arithmetic)
+    if not packed_weights_fit(model, packed):
+        logger.warning("cached weights are not used: %s belongs to another model", cache)
+        packed = {}
+    load_options = LoadOptions(
+        rounding=weight_rounding(config, model_config),
+        dequantize=config.quantization == "none",
+        packed=packed,
+        progress=progress,
+    )
+    census = load_weights(model, source, load_options)
     model.finish_loading()
-    return LoadedModel(model, model_config, backend, model_hash, num_parameters, model.weight_bytes())
+    quantization = census.text(None if options.native else str(options.dtype).removeprefix("torch."))
+    model_hash = _hash_files(folder, files, quantization)
+    return LoadedModel(
+        model=model,
+        config=model_config,
+        attention_backend=options.attention_backend,
+        activation_dtype=options.dtype,
+        weight_dtype=(options.weight_dtype or model_config.dtype) if options.native else options.dtype,
+        quantization=quantization,
+        model_hash=f"dummy-{config.seed}-{model_hash}" if dummy else model_hash,
+        num_parameters=count_parameters(model),
+        weight_bytes=model.weight_bytes(),
+        pending_cache=None if cache is None or packed else cache.pending(native_weights(model)),
+    )
 
 
 def build_model(config: ModelConfig, options: LayerOptions) -> CausalLM:
@@ -73,8 +126,40 @@ def build_model(config: ModelConfig, options: LayerOptions) -> CausalLM:
     return model.eval()
 
 
-def _hash_files(folder: Path, files: list[Path]) -> str:
+def _layer_options(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> LayerOptions:
+    native = device.type == "cpu" and native_available()
+    return LayerOptions(
+        dtype=torch.float32 if native else dtype,
+        device=device,
+        attention_backend=get_attention_backend(
+            config.attention_backend,
+            device,
+            block_size=config.block_size,
+            head_dim=model.head_dim,
+            kv_dtype=cache_dtype(config.kv_cache_dtype, dtype),
+        ),
+        native=native,
+        weight_dtype=dtype if native and dtype != torch.float32 else None,
+        bf16_arithmetic=native and dtype == torch.bfloat16,
+    )
+
+
+def _weight_cache(config: EngineConfig, options: LayerOptions, folder: Path, files: list[Path]) -> WeightCache | None:
+    """Where the packed weights of this load are kept; None when that is switched off, or there are none."""
+    if not config.weight_cache or not options.native:
+        return None
+    settings = {
+        "quantization": config.quantization,
+        "group_size": config.quantization_group_size if config.quantization == "int4" else None,
+        "weight_dtype": str(options.weight_dtype),
+        "dummy_seed": config.seed if config.load_format == "dummy" else None,
+    }
+    return WeightCache(default_folder(), content_key(folder / "config.json", files, settings))
+
+
+def _hash_files(folder: Path, files: list[Path], quantization: str) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(files):
         digest.update(f"\0{file.name}\0{file.stat().st_size}".encode())
+    digest.update(f"\0{quantization}".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked against the file itself before anything is mapped.
+"""A safetensors file: its header, checked against the file itself before anything is read, and the bytes of its tensors.
 
 Format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length N, N bytes of JSON that map tensor
 names to dtype, shape and [begin, end) within the rest of the file.
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from penstock.core.errors import ModelFormatError
 
-# Bytes per element of the types that can be loaded.
-DTYPE_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# The types of plain weights, and those that quantised checkpoints keep codes and indices in.
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGER_TYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 
 # The format's own bound.
 _MAX_HEADER_BYTES = 100_000_000
@@ -23,16 +27,22 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it looks like. begin: its first byte, counted from the end of the header."""
+    """Where a tensor is and what it looks like. begin: its first byte, counted from data_start, the end of the header."""
 
     file: Path
+    dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
     nbytes: int
+    data_start: int
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of `file`. Raises ModelFormatError, naming the file, when header and file length do not agree."""
+def read_header(file: Path, *, integers: bool = False) -> dict[str, TensorInfo]:
+    """The tensors of `file`. Raises ModelFormatError, naming the file, when header and file length do not agree.
+
+    `integers`: tensors may hold integers as well.
+    """
+    types = FLOAT_TYPES | (INTEGER_TYPES if integers else {})
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -46,8 +56,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise ModelFormatError(f"{file} is no safetensors file: its header is not valid JSON.") from error
     if not isinstance(header, dict):
         raise ModelFormatError(f"{file} is no safetensors file: its header is no JSON object.")
+    _check_metadata(file, header.pop("__metadata__", {}))
     data_bytes = size - 8 - length
-    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: _tensor_info(file, name, entry, types, 8 + length) for name, entry in header.items()}
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
         if info.begin != end:
@@ -60,17 +71,45 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+def read_tensor(info: TensorInfo, rows: slice | None = None) -> Tensor:
+    """The tensor, or the `rows` [start:stop] of it, in memory of its own: nothing stays mapped, so that file pages never count as ours.
+
+    Raises ModelFormatError when the file has become shorter since its header was read.
+    """
+    shape, begin = info.shape, info.data_start + info.begin
+    if rows is not None:
+        start, stop, _ = rows.indices(shape[0])
+        begin += start * (info.nbytes // max(1, shape[0]))
+        shape = (stop - start, *shape[1:])
+    tensor = torch.empty(shape, dtype=info.dtype)
+    target = tensor.view(-1).view(torch.uint8).numpy().data
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(begin)
+        while target:
+            count = stream.readinto(target)
+            if not count:
+                raise ModelFormatError(f"{info.file} became shorter while it was read; get it again.")
+            target = target[count:]
+    return tensor
+
+
+def _check_metadata(file: Path, metadata: Any) -> None:
+    """The format allows strings only."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelFormatError(f"{file} is no safetensors file: its metadata must be an object of strings.")
+
+
+def _tensor_info(file: Path, name: str, entry: Any, types: dict[str, torch.dtype], data_start: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         valid = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise ModelFormatError(f"{file}: the header entry of {name!r} is malformed.") from error
-    if valid and dtype not in DTYPE_SIZES:
-        supported = ", ".join(DTYPE_SIZES)
+    if valid and dtype not in types:
+        supported = ", ".join(types)
         raise ModelFormatError(
             f"{file}: tensor {name!r} has type {dtype!r}, which is not supported; supported: {supported}."
         )
-    if not valid or begin > end or end - begin != math.prod(shape) * DTYPE_SIZES[dtype]:
+    if not valid or begin > end or end - begin != math.prod(shape) * types[dtype].itemsize:
         raise ModelFormatError(f"{file}: the header entry of {name!r} is malformed.")
-    return TensorInfo(file, shape, begin, end - begin)
+    return TensorInfo(file, types[dtype], shape, begin, end - begin, data_start)

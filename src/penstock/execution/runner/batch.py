@@ -68,6 +68,9 @@ class PersistentBatch:
         self._device = device
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._requests: dict[RequestKey, RequestState] = {}
+        # Requests of the last step and their slots: while a batch only decodes, the next step has the same ones.
+        self._last_keys: list[RequestKey] = []
+        self._last_slots: IntArray = np.zeros(0, dtype=np.int64)
         self._broken: set[RequestKey] = set()
         # One more than the context: the token sampled from a full one is stored, though never computed, and may have a block.
         self._token_ids: npt.NDArray[np.int32] = np.zeros((max_slots, max_model_len + 1), dtype=np.int32)
@@ -100,6 +103,7 @@ class PersistentBatch:
         if request is None:
             return None
         self._free_slots.append(request.slot)
+        self._last_keys = []
         return request.slot
 
     def add(self, new: NewRequest) -> int:
@@ -151,7 +155,7 @@ class PersistentBatch:
         if not num_scheduled_tokens:
             return None
         keys = list(num_scheduled_tokens)
-        slots: IntArray = np.array([self._requests[key].slot for key in keys], dtype=np.int64)
+        slots = self._slots_of(keys)
         counts: IntArray = np.array(list(num_scheduled_tokens.values()), dtype=np.int64)
         starts = self._num_computed[slots]
         ends = starts + counts
@@ -161,9 +165,12 @@ class PersistentBatch:
         query_start = np.zeros(len(keys) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
         num_tokens = int(query_start[-1])
-        owner = np.repeat(np.arange(len(keys)), counts)
-        positions = np.arange(num_tokens) + (starts - query_start[:-1])[owner]
-        token_slots = slots[owner]
+        if num_tokens == len(keys):
+            token_slots, positions = slots, starts
+        else:
+            owner = np.repeat(np.arange(len(keys)), counts)
+            positions = np.arange(num_tokens) + (starts - query_start[:-1])[owner]
+            token_slots = slots[owner]
         block, offset = np.divmod(positions, self._block_size)
         slot_mapping = self._block_table[token_slots, block].astype(np.int64) * self._block_size + offset
         input_ids = self._token_ids[token_slots, positions].astype(np.int64)
@@ -205,6 +212,13 @@ class PersistentBatch:
         self._token_ids[slots, self._num_tokens[slots]] = token_ids
         self._num_tokens[slots] += 1
 
+    def _slots_of(self, keys: list[RequestKey]) -> IntArray:
+        """int64 [R]; not to be changed."""
+        if keys != self._last_keys:
+            self._last_slots = np.array([self._requests[key].slot for key in keys], dtype=np.int64)
+            self._last_keys = keys
+        return self._last_slots
+
     def _check(self, keys: list[RequestKey], slots: IntArray, ends: IntArray) -> None:
         too_far = (ends > self._num_tokens[slots]) | (ends > self._num_blocks[slots] * self._block_size)
         if too_far.any():
@@ -216,4 +230,5 @@ class PersistentBatch:
             )
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)

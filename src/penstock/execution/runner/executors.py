@@ -20,9 +20,12 @@ from penstock.core.errors import IntegrityError
 from penstock.core.types import ModelInfo, SamplingParams
 from penstock.engine.executor import KVCapacity, StepHandle
 from penstock.engine.step import CachedRequest, NewRequest, RunnerOutput, SchedulerOutput
+from penstock.execution.attention.backend import cache_dtype
+from penstock.execution.kernels.native import isa, native_available, set_threads, unavailable_reason
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.registry import LoadedModel, load_model
 from penstock.execution.runner.batch import PersistentBatch
+from penstock.execution.runner.cpus import bind_to_cpus
 from penstock.execution.runner.kv_memory import (
     KVPlan,
     allocate_kv_caches,
@@ -84,13 +87,15 @@ class UniProcessExecutor:
         self.max_inflight = max_inflight
         self.timeline: list[tuple[str, float]] = []
         self._device = resolve_device(config.device)
+        bind_to_cpus(config.cpus)
         self.config = resolve_limits(config, self._device)
-        torch.set_num_threads(self.config.threads)
+        set_threads(self.config.threads)
         free_bytes = free_memory(self._device)
         with self._phase("load"):
             self.config = resolve_model_limits(self.config, ModelConfig.from_folder(folder))
             dtype = torch_dtype(self.config.dtype)
             loaded = load_model(self.config, folder, self._device, dtype, progress)
+            dtype = _cache_arithmetic(loaded, dtype)
         with self._phase("kv cache"):
             self._plan = plan_kv_memory(
                 self.config,
@@ -105,9 +110,11 @@ class UniProcessExecutor:
         self._capacity = KVCapacity(
             self._plan.num_blocks, self.config.block_size, self._plan.bytes_per_block, self._plan.num_host_blocks
         )
-        self._model_info = _model_info(self.config, loaded, self._plan)
+        self._model_info = _model_info(self.config, loaded, self._plan, dtype)
         with self._phase("warm-up"):
             self._warm_up()
+        if loaded.pending_cache is not None:
+            loaded.pending_cache.write_in_background()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="penstock-runner") if max_inflight > 1 else None
 
     def submit(self, step: SchedulerOutput) -> StepHandle:
@@ -168,6 +175,12 @@ class UniProcessExecutor:
                 logger.warning("the warm-up request failed: %s", error)
 
 
+def _cache_arithmetic(loaded: LoadedModel, dtype: torch.dtype) -> torch.dtype:
+    """The type that a KV cache has when nothing else is asked for. Native attention converts from any; torch's computes in the cache's
+    type, so that keys and values must have it."""
+    return dtype if loaded.attention_backend.name == "native" else loaded.activation_dtype
+
+
 def _make_runner(
     config: EngineConfig, loaded: LoadedModel, plan: KVPlan, dtype: torch.dtype, device: torch.device
 ) -> ModelRunner:
@@ -184,7 +197,7 @@ def _make_runner(
     )
 
 
-def _model_info(config: EngineConfig, loaded: LoadedModel, plan: KVPlan) -> ModelInfo:
+def _model_info(config: EngineConfig, loaded: LoadedModel, plan: KVPlan, dtype: torch.dtype) -> ModelInfo:
     model = loaded.config
     return ModelInfo(
         architecture=model.architecture,
@@ -203,4 +216,23 @@ def _model_info(config: EngineConfig, loaded: LoadedModel, plan: KVPlan) -> Mode
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         attention_backend=loaded.attention_backend.name,
+        weights=loaded.quantization if loaded.quantization != "none" else _name(loaded.weight_dtype),
+        kv_cache_dtype=_name(cache_dtype(config.kv_cache_dtype, dtype)),
+        kernels=_kernels(config.device),
+        threads=config.threads if config.device == "cpu" else 0,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kernels(device: str) -> str:
+    """Whose arithmetic runs on a CPU; '' on other devices."""
+    if device != "cpu":
+        return ""
+    return (
+        f"native kernels ({isa()})"
+        if native_available()
+        else f"torch operators (no native kernels: {unavailable_reason()})"
     )

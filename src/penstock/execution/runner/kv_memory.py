@@ -18,7 +18,7 @@ import torch
 
 from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
-from penstock.execution.attention.backend import AttentionBackend, KVCache
+from penstock.execution.attention.backend import AttentionBackend, KVCache, cache_dtype, check_cache_dtype
 from penstock.execution.models.config import ModelConfig
 
 GIB = 2**30
@@ -100,7 +100,11 @@ def plan_kv_memory(
     """Size the cache. `config` is resolved. `free_bytes`: free on the device before the weights were loaded; `free_host_bytes`: free in
     main memory now. Raises ConfigError when no useful request fits, or the host tier does not."""
     block_size = config.block_size
-    bytes_per_block = model.num_layers * backend.bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
+    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
+    check_cache_dtype(backend, kv_dtype, dtype)
+    bytes_per_block = model.num_layers * backend.bytes_per_block(
+        block_size, model.num_kv_heads, model.head_dim, kv_dtype
+    )
     blocks_per_request = -(-config.max_model_len // block_size)
     wanted = -(-min(config.max_model_len, MIN_REQUEST_TOKENS) // block_size)
     if config.kv_cache_gib:
@@ -139,7 +143,8 @@ def allocate_kv_caches(
     device: torch.device,
 ) -> tuple[list[KVCache], list[KVCache]]:
     """KV caches of the device and, if there is a host tier, of the host: one per layer each."""
-    shape = (config.block_size, model.num_kv_heads, model.head_dim, dtype, device)
+    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
+    shape = (config.block_size, model.num_kv_heads, model.head_dim, kv_dtype, device)
     device_caches = [backend.allocate_kv_cache(plan.num_blocks, *shape) for _ in range(model.num_layers)]
     if not plan.num_host_blocks:
         return device_caches, []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from penstock.core.config import DType, EngineConfig
 from penstock.core.errors import ConfigError
 from penstock.execution.models.config import ModelConfig
+from penstock.execution.runner.cpus import default_threads
 
 _DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On a CPU a step of 512 tokens already keeps all cores busy, and a longer one only delays everyone's next token.
@@ -37,7 +37,7 @@ def resolve_limits(config: EngineConfig, device: torch.device) -> EngineConfig:
     return dataclasses.replace(
         config,
         device=device.type,
-        threads=config.threads or usable_cpus(),
+        threads=config.threads or default_threads(),
         memory_utilization=config.memory_utilization or _MEMORY_UTILIZATION[device.type],
         max_num_batched_tokens=budget,
         max_num_seqs=config.max_num_seqs or _MAX_NUM_SEQS[device.type],
@@ -63,17 +63,6 @@ def resolve_model_limits(config: EngineConfig, model: ModelConfig) -> EngineConf
 def torch_dtype(name: DType) -> torch.dtype:
     """The torch type of a resolved `dtype` setting."""
     return _DTYPES[name]
-
-
-def usable_cpus() -> int:
-    """Cores that this process may use: its affinity mask and its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, max(1, round(int(limit) / int(period))))
-    return cores
 
 
 def _auto_dtype(device: str, stored: torch.dtype) -> DType:

@@ -8,6 +8,7 @@ add a branch here: hide it behind the model, the backend or the sampler.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -78,6 +79,7 @@ class ModelRunner:
             raise
 
     def _execute(self, step: SchedulerOutput) -> RunnerOutput:
+        begun = time.perf_counter()
         self._forget(step)
         self._move_blocks(step)
         self._add(step)
@@ -86,15 +88,23 @@ class ModelRunner:
         inputs = self._batch.build(step.num_scheduled_tokens)
         if inputs is None:
             return output
+        prepared = time.perf_counter()
         with forward_context(ForwardContext(inputs.attention, self._kv_caches)):
             hidden = self._model(inputs.input_ids, inputs.positions)
         self._batch.finish_step(inputs)
         self._add_prompt_logprobs(output, inputs, hidden)
+        logits = None
         if len(inputs.sampling):
-            logits = self._model.compute_logits(hidden[inputs.logit_rows])
+            every_token_samples = len(inputs.sampling) == len(hidden)
+            logits = self._model.compute_logits(hidden if every_token_samples else hidden[inputs.logit_rows])
+        forwarded = time.perf_counter()
+        if logits is not None:
             slots = inputs.slots[inputs.sampling]
             sampled = self._sampler.sample(logits, slots, inputs.sample_positions)
             self._take_samples(output, inputs, sampled)
+        output.prepare_seconds = prepared - begun
+        output.forward_seconds = forwarded - prepared
+        output.sample_seconds = time.perf_counter() - forwarded
         return output
 
     def _forget(self, step: SchedulerOutput) -> None:
@@ -128,10 +138,10 @@ class ModelRunner:
 
     def _take_samples(self, output: RunnerOutput, inputs: StepInputs, sampled: SampledRows) -> None:
         """Append the sampled tokens to the batch and to `output`."""
-        keys = [inputs.keys[row] for row in inputs.sampling.tolist()]
-        slots = inputs.slots[inputs.sampling]
-        token_ids = sampled.token_ids.cpu().numpy()
-        failed = sampled.failed.cpu().numpy()
+        keys, slots = inputs.keys, inputs.slots
+        if len(inputs.sampling) < len(keys):
+            keys, slots = [keys[row] for row in inputs.sampling.tolist()], slots[inputs.sampling]
+        token_ids, failed = sampled.token_ids, sampled.failed
         if failed.any():
             for row in np.flatnonzero(failed).tolist():
                 output.errors[keys[row]] = NO_DISTRIBUTION
@@ -140,9 +150,9 @@ class ModelRunner:
             self._batch.append(slots[~failed], token_ids[~failed])
         else:
             self._batch.append(slots, token_ids)
-        output.sampled_token_ids = {
-            key: [token_id] for key, token_id in zip(keys, token_ids.tolist(), strict=True) if key not in output.errors
-        }
+        output.sampled_token_ids = {key: [token_id] for key, token_id in zip(keys, token_ids.tolist(), strict=True)}
+        for key in output.errors:
+            del output.sampled_token_ids[key]
         if sampled.logprobs is not None:
             entries = sampled.logprobs.to_structs(sampled.num_top)
             for row, entry in zip(sampled.logprob_rows.tolist(), entries, strict=True):
@@ -156,7 +166,7 @@ class ModelRunner:
         [start + 1, end + 1), as far as they are prompt tokens; the chunk before it had the one for `start`.
         """
         spans: list[tuple[str, int, int]] = []
-        rows: list[torch.Tensor] = []
+        rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
         targets: list[np.ndarray[tuple[int], np.dtype[np.int32]]] = []
         num_top: list[int] = []
         for row in np.flatnonzero(self._batch.wants_prompt_logprobs[inputs.slots]).tolist():
@@ -169,15 +179,15 @@ class ModelRunner:
                 continue
             hidden_row = int(inputs.attention.query_start_host[row]) + first - 1 - start
             spans.append((key, first, last - first))
-            rows.append(torch.arange(hidden_row, hidden_row + last - first))
+            rows.append(np.arange(hidden_row, hidden_row + last - first))
             targets.append(self._batch.token_ids(request.slot)[first:last])
             num_top += [request.sampling.prompt_logprobs or 0] * (last - first)
         if not spans:
             return
         entries = prompt_token_logprobs(
             hidden,
-            torch.cat(rows).to(self._device),
-            torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self._device),
+            np.concatenate(rows),
+            np.concatenate(targets).astype(np.int64),
             num_top,
             compute_logits=self._model.compute_logits,
             vocab_size=self._sampler.vocab_size,

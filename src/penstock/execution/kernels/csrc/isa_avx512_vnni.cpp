@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#define PENSTOCK_ISA avx512_vnni
+#include "isa_kernels.h"
+#endif

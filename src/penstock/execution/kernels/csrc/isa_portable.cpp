@@ -1,0 +1,2 @@
+#define PENSTOCK_ISA portable
+#include "isa_kernels.h"

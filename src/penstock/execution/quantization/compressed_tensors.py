@@ -1,0 +1,90 @@
+"""Checkpoints in the integer formats of compressed-tensors (https://github.com/vllm-project/compressed-tensors).
+
+For a weight of N output and K input features, b bits, in groups of G (G = K: one scale per output feature, or one for all):
+
+    pack-quantized   weight_packed       int32 [N, K * b / 32]       codes of neighbouring input features, the first in the lowest bits
+                     weight_shape        int32 or int64 [2]          N and K
+    int-quantized    weight              int8 [N, K]                 code - 2 ** (b - 1)
+    both             weight_scale        float [N, K / G]            weight = scale * (code - zero)
+                     weight_zero_point   int32 [N * b / 32, K / G]   packed along N, or int8 [N, K / G]; absent when symmetric
+                     weight_g_idx        int32 [K]                   the group of each input feature; absent, or -1, when in order
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penstock.core.errors import ModelFormatError
+from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.quantization.packing import quantized_tensor, unpack_columns
+from penstock.execution.quantization.registry import Parts, WeightLayout, check_shape, checked_layout
+
+
+class CompressedTensorsFormat:
+    """Reads one weight of a compressed-tensors checkpoint. Its tensors say in which of the two formats it is, so layers may differ."""
+
+    anchors = ("weight_packed", "weight")
+    parts = ("weight_packed", "weight", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+
+    def layout(self, parts: Parts) -> WeightLayout:
+        """See CheckpointFormat."""
+        packed = "weight_packed" in parts
+        shape = parts.shape("weight_packed" if packed else "weight")
+        if len(shape) != 2:
+            raise ModelFormatError(f"the weight must be a matrix, not of shape {list(shape)}.")
+        rows, columns, bits = (*shape, 8)
+        if packed:
+            check_shape(parts, "weight_shape", (2,))
+            columns = int(parts.read("weight_shape")[1])
+            if columns < 1 or shape[1] * 32 % columns:
+                raise ModelFormatError(f"weight_packed of shape {list(shape)} cannot hold {columns} input features.")
+            bits = shape[1] * 32 // columns
+        if "weight_g_idx" in parts:
+            check_shape(parts, "weight_g_idx", (columns,))
+        return checked_layout(rows, columns, bits, _groups(parts, rows))
+
+    def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor:
+        """See CheckpointFormat."""
+        groups = layout.columns // layout.group_size
+        packed = "weight_packed" in parts
+        codes = (
+            unpack_columns(parts.read("weight_packed"), layout.bits) if packed else _unsigned(parts.read("weight"), 8)
+        )
+        scales = parts.read("weight_scale").reshape(-1, groups).expand(layout.rows, groups)
+        zeros = _zeros(parts, layout) if "weight_zero_point" in parts else None
+        group_index = parts.read("weight_g_idx") if "weight_g_idx" in parts else None
+        if group_index is not None and bool((group_index == -1).all()):
+            group_index = None
+        return quantized_tensor(codes, layout, scales, zeros, group_index)
+
+
+def _groups(parts: Parts, rows: int) -> int:
+    """Scales per output feature. One scale for the whole tensor counts as the same one for every feature."""
+    shape = parts.shape("weight_scale")
+    if len(shape) == 2 and shape[0] == rows:
+        return shape[1]
+    if shape in ((), (1,), (1, 1), (rows,)):
+        return 1
+    raise ModelFormatError(f"weight_scale has shape {list(shape)} where [{rows}, groups] is needed.")
+
+
+def _zeros(parts: Parts, layout: WeightLayout) -> Tensor:
+    """Zero points as unsigned codes [N, K / group_size], or the same one for all rows."""
+    stored = parts.read("weight_zero_point")
+    groups = layout.columns // layout.group_size
+    if stored.dtype == torch.int32:
+        check_shape(parts, "weight_zero_point", (-(-layout.rows * layout.bits // 32), groups))
+        return unpack_columns(stored.t(), layout.bits).t()[: layout.rows]
+    if stored.dtype != torch.int8 or stored.numel() not in (1, layout.rows * groups):
+        raise ModelFormatError(
+            f"weight_zero_point has type {stored.dtype} and shape {list(stored.shape)}; needed are int8 or int32 numbers, one for a scale."
+        )
+    return _unsigned(stored, layout.bits).reshape(-1, groups).expand(layout.rows, groups)
+
+
+def _unsigned(values: Tensor, bits: int) -> Tensor:
+    """int8 → uint8, shifted by 2 ** (bits - 1)."""
+    if values.dtype != torch.int8:
+        raise ModelFormatError(f"codes of type {values.dtype} are not supported; supported: int8.")
+    return values.view(torch.uint8) + (1 << (bits - 1))
