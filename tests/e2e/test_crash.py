@@ -14,7 +14,7 @@ import pytest
 from penstock.testing.server import RunningServer
 
 STREAMS = 6
-TOKENS = 160
+TOKENS = 1500
 
 
 def start(tmp_path: Path, *flags: str) -> RunningServer:
@@ -92,7 +92,11 @@ async def test_streams_continue_after_the_engine_is_killed_or_hangs(number: sign
         assert server.metric("penstock_engine_restarts_total") == 1
 
 
-async def test_a_request_in_two_crashes_ends_with_a_clear_error(tmp_path: Path) -> None:
+async def test_a_request_in_two_crashes_ends_with_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With native kernels the second engine may be done before the second signal; torch's operators take milliseconds per token.
+    monkeypatch.setenv("PENSTOCK_NATIVE", "0")
     with start(tmp_path) as server:
         async with make_client(server) as client:
             streams = Streams(client)
