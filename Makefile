@@ -13,7 +13,7 @@ ARGS ?=
 
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt tools/install.py $(wildcard src/penstock/execution/kernels/csrc/*)
 # Packages that the service tests start as real servers. Only apt-based systems.
-SYSTEM_PACKAGES := prometheus
+SYSTEM_PACKAGES := prometheus redis-server postgresql
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-all lint format docs native system-deps clean

@@ -7,11 +7,14 @@
     └── RequestError                one request ends with this; rendered as OpenAI's error object
         ├── InvalidRequestError     400  the request is wrong; `param` names the field
         │   └── ContextLengthError  400  prompt and max_tokens do not fit the model or the cache
+        ├── AuthenticationError     401  no identity, or not a valid one
         ├── PermissionDeniedError   403  the route exists, but not for this caller
         ├── NotFoundError           404  no such model or route
         ├── PayloadTooLargeError    413  body above the limit
+        ├── RateLimitError          429  a limit of the key or tenant is reached; carries Retry-After
         ├── AbortedError            499  the client went away
         ├── EngineError             500  this request failed inside the engine
+        ├── StoreUnavailableError   503  a database or Redis that this request needs is away
         ├── OverloadedError         503  a bounded queue is full or the server drains; carries Retry-After
         ├── EngineDeadError         503  the engine is not there
         └── DeadlineExceededError   504  the request's deadline passed
@@ -79,6 +82,14 @@ class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
 
 
+class AuthenticationError(RequestError):
+    """The message never says which part of a credential was wrong."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
 class PermissionDeniedError(RequestError):
     status = 403
     type = "permission_error"
@@ -95,6 +106,20 @@ class PayloadTooLargeError(RequestError):
     status = 413
     type = "invalid_request_error"
     default_code = "payload_too_large"
+
+
+class RateLimitError(RequestError):
+    """`retry_after_s`: after how many seconds a client alone on its key succeeds; None: no retry helps (a budget is spent)."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
 
 
 class AbortedError(RequestError):
@@ -120,6 +145,11 @@ class OverloadedError(RequestError):
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s
+
+
+class StoreUnavailableError(RequestError):
+    status = 503
+    default_code = "store_unavailable"
 
 
 class EngineDeadError(RequestError):

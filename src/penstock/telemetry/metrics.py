@@ -12,7 +12,7 @@ from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
 Source = Literal["gateway", "engine"]
-Outcome = Literal["completed", "invalid", "aborted", "overloaded", "deadline", "engine_dead", "error"]
+Outcome = Literal["completed", "invalid", "aborted", "limited", "overloaded", "deadline", "engine_dead", "error"]
 
 # From a token of a small model on a fast GPU (0.5 ms) to a request in a long queue.
 LATENCY_BUCKETS_S = (
@@ -145,6 +145,54 @@ REQUEST_GENERATION_TOKENS = Metric(
     "Output tokens per completed request, all samples together.",
     ("model",),
     TOKEN_COUNT_BUCKETS,
+)
+
+# ---- identity, limits, cache, admission, stores ----
+AUTH_FAILURES = Metric(
+    "penstock_auth_failures_total", "counter", "Requests refused for their credentials, by reason.", ("reason",)
+)
+LIMITED = Metric(
+    "penstock_rate_limited_total", "counter", "Requests refused with 429, by the limit: requests, tokens, concurrency, budget.", ("limit",)
+)
+REFUSED = Metric(
+    "penstock_admission_refused_total", "counter", "Requests refused with 503, by reason.", ("reason",)
+)
+INFLIGHT_TOKENS = Metric(
+    "penstock_admission_tokens_in_flight", "gauge", "Prompt and output tokens reserved in the engine.", ("model",)
+)
+CACHE_LOOKUPS = Metric(
+    "penstock_response_cache_total",
+    "counter",
+    "Generations by what the response cache did: hit, miss, coalesced, bypass.",
+    ("model", "outcome"),
+)
+CACHE_HIT_SECONDS = Metric(
+    "penstock_response_cache_hit_seconds",
+    "histogram",
+    "Time from the acceptance of a request to its answer from the cache.",
+    ("model",),
+    LATENCY_BUCKETS_S,
+)
+CACHE_BYTES = Metric("penstock_response_cache_bytes", "gauge", "Bytes that the response cache in memory holds.")
+CACHE_ENTRIES = Metric("penstock_response_cache_entries", "gauge", "Answers that the response cache in memory holds.")
+CACHE_EVICTIONS = Metric(
+    "penstock_response_cache_evictions_total", "counter", "Answers dropped from memory, by reason: size, expired.", ("reason",)
+)
+CACHE_DROPPED_WRITES = Metric(
+    "penstock_response_cache_dropped_writes_total", "counter", "Answers not kept because the queue to the store was full."
+)
+STORE_ERRORS = Metric(
+    "penstock_store_errors_total",
+    "counter",
+    "Failed operations on Redis, the database or the coordinator, by store and by what they were for.",
+    ("store", "purpose"),
+)
+STORE_UP = Metric("penstock_store_up", "gauge", "1 while a store answers, 0 while it is taken for away.", ("store",))
+USAGE_WRITTEN = Metric("penstock_usage_records_total", "counter", "Usage records by fate: written, duplicate, spooled, lost.", ("fate",))
+USAGE_PENDING = Metric("penstock_usage_records_pending", "gauge", "Usage records that wait to be written.")
+GATEWAY_WORKERS = Metric("penstock_gateway_workers", "gauge", "Gateway processes that serve now.")
+GATEWAY_WORKER_RESTARTS = Metric(
+    "penstock_gateway_worker_restarts_total", "counter", "Gateway processes that ended and were started again."
 )
 
 ENGINE_READY = _engine("ready", "gauge", "1 while the engine serves requests, else 0.")

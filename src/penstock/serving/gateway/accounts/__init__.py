@@ -1,0 +1,1 @@
+"""Keys, tenants and the usage ledger, in a database."""

@@ -1,0 +1,1 @@
+"""Limits per key and tenant: requests and tokens per minute, concurrent requests."""

@@ -1,0 +1,1 @@
+"""Who asks: authentication, JWT, throttling of failed attempts."""

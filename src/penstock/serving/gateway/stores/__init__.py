@@ -1,0 +1,1 @@
+"""Links to what several gateway processes share: Redis, the coordinator."""
