@@ -100,6 +100,8 @@ PENSTOCK_TARGET("amx-tile") void amx_begin() {
     std::memset(&config, 0, sizeof config);
     config.palette = 1;
     for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
+    // GCC's intrinsic says that it reads eight bytes of the 64, so that stores to the others look dead.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
     _tile_zero(0);
     _tile_zero(1);
