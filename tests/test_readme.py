@@ -122,17 +122,26 @@ def test_the_two_commands_come_first() -> None:
 
 
 def test_commands_and_flags_in_all_blocks_and_tables_exist() -> None:
-    context = click.Context(cli)
     code = "\n".join(block.text for block in BLOCKS)
     used = re.findall(r"(?:^|\| )penstock ([a-z]+)([^|#\n]*)", code, re.MULTILINE)
     used += re.findall(r"`penstock ([a-z]+)([^`]*)`", README)
     assert {name for name, _ in used} >= set(COMMANDS) - {"version"}
     for name, rest in used:
-        command = cli.get_command(context, name)
-        assert command is not None, name
-        flags = {flag for parameter in command.params for flag in parameter.opts}
+        flags = flags_of(name, rest)
         for flag in re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest):
             assert flag in flags, f"penstock {name} has no {flag}"
+
+
+def flags_of(name: str, rest: str) -> set[str]:
+    """The flags of a command, or of the command that a group's next word names."""
+    context = click.Context(cli)
+    command = cli.get_command(context, name)
+    assert command is not None, name
+    word = rest.split(maxsplit=1)[0] if rest.strip() else ""
+    if isinstance(command, click.Group) and word:
+        command = command.get_command(context, word)
+        assert command is not None, f"penstock {name} {word}"
+    return {flag for parameter in command.params for flag in parameter.opts}
 
 
 @pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md"])

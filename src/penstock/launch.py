@@ -2,6 +2,8 @@
 
 penstock serve ─ this process: gateway, frontend, supervisor
                └ child: `python -m penstock.launch --config … --address … --parent-pid …`: engine, scheduler, model
+
+With --gateway-workers above 1, gateway and frontend are in processes of their own: see `launch_gateway`.
 """
 
 from __future__ import annotations
@@ -15,21 +17,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.core.config import EngineConfig, ServerConfig
 from penstock.core.errors import ConfigError, ModelFormatError, PenstockError
+from penstock.core.gateway_config import GatewayConfig
 from penstock.core.types import LiveLimits
 
 if TYPE_CHECKING:
     from penstock.core.transport import EngineEndpoint
     from penstock.core.types import Hello
     from penstock.engine.engine import Engine
-    from penstock.serving.cluster.supervisor import EngineSupervisor
     from penstock.serving.frontend.async_engine import AsyncEngine
+    from penstock.serving.frontend.client import EngineClient
+    from penstock.serving.gateway.app import GatewayApp
+    from penstock.serving.gateway.services import SharedStores
+    from penstock.telemetry.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +158,7 @@ def _report_failure(endpoint: EngineEndpoint, error: PenstockError) -> None:
 # ---- the server's process ----
 
 
-def serve(engine: EngineConfig, server: ServerConfig) -> int:
+def serve(engine: EngineConfig, server: ServerConfig, gateway: GatewayConfig | None = None) -> int:
     """Serve until a signal arrives; exit status 0 then, 1 when the engine is gone for good.
 
     Raises ConfigError or ModelFormatError with the fix when the server cannot start.
@@ -162,11 +168,46 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
     configure_logging(server.log_level, server.log_format)
     folder = resolve_model(engine.model, engine.revision)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(engine, server, folder))
+    gateway = gateway if gateway is not None else GatewayConfig()
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        if gateway.gateway_workers == 1:
+            return runner.run(_serve(engine, server, gateway, folder))
+        from penstock.launch_gateway import serve_workers
+
+        return runner.run(serve_workers(engine, server, gateway, folder))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+async def prepare(server: ServerConfig, gateway: GatewayConfig) -> GatewayConfig:
+    """What is checked and made once, in the first process, before the port opens; the settings as they hold then."""
+    from penstock.serving.gateway.security.startup import check_jwt, resolve_auth
+    from penstock.serving.gateway.server import check_tls_files
+
+    check_tls_files(gateway)
+    gateway = resolve_auth(gateway, server.host)
+    check_jwt(gateway)
+    return gateway
+
+
+async def make_app(
+    clients: Mapping[str, EngineClient],
+    server: ServerConfig,
+    gateway: GatewayConfig,
+    recorder: Recorder,
+    *,
+    shared: SharedStores | None = None,
+) -> GatewayApp:
+    """The application with its services, in each process that serves. `gateway` comes from `prepare`; `shared` are the coordinator's."""
+    from penstock import __version__
+    from penstock.serving.gateway.app import create_app
+    from penstock.serving.gateway.services import open_services
+
+    services = await open_services(
+        gateway, server.host, recorder, __version__, shared=shared, workers=gateway.gateway_workers
+    )
+    return create_app(clients, server, recorder, version=__version__, settings=gateway, services=services)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's where it is installed."""
     try:
         from uvloop import new_event_loop
@@ -175,7 +216,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return new_event_loop
 
 
-async def _serve(engine: EngineConfig, server: ServerConfig, folder: Path) -> int:
+async def _serve(engine: EngineConfig, server: ServerConfig, gateway: GatewayConfig, folder: Path) -> int:
     started = time.perf_counter()
     from penstock.core.transport import SocketDirectory
     from penstock.serving.cluster.supervisor import EngineSupervisor
@@ -203,8 +244,8 @@ async def _serve(engine: EngineConfig, server: ServerConfig, folder: Path) -> in
     starting = asyncio.create_task(supervisor.start())
     try:
         await asyncio.sleep(0)
-        client.set_result(await asyncio.to_thread(_make_client, folder, server, supervisor))
-        await _serve_client(client.result(), starting, _StartUp(engine, server, started), stop)
+        client.set_result(await asyncio.to_thread(make_client, folder, server, supervisor.kill))
+        await _serve_client(client.result(), starting, StartUp(engine, server, gateway, started), stop)
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
@@ -219,15 +260,29 @@ async def _serve(engine: EngineConfig, server: ServerConfig, folder: Path) -> in
 
 
 @dataclass(frozen=True, slots=True)
-class _StartUp:
+class StartUp:
     """What the start-up report is about. `started`: time.perf_counter() at the beginning."""
 
     engine: EngineConfig
     server: ServerConfig
+    gateway: GatewayConfig
     started: float
 
+    @property
+    def model_name(self) -> str:
+        """What the model is called in the API."""
+        return self.server.served_model_name or model_name(self.engine.model)
 
-def _make_client(folder: Path, server: ServerConfig, supervisor: EngineSupervisor) -> AsyncEngine:
+    def report(self, hello: Hello, url: str) -> None:
+        """Print where the time went and what is in force."""
+        from penstock.cli.startup_report import startup_report
+
+        seconds = time.perf_counter() - self.started
+        report = startup_report(self.engine, self.server, self.gateway, hello, self.model_name, url, seconds)
+        print(report, flush=True)  # noqa: T201
+
+
+def make_client(folder: Path, server: ServerConfig, on_hang: Callable[[str], None]) -> AsyncEngine:
     """The frontend, and with it the web stack's imports."""
     import penstock.serving.gateway.app  # noqa: F401
     from penstock.serving.frontend.async_engine import AsyncEngine
@@ -239,31 +294,34 @@ def _make_client(folder: Path, server: ServerConfig, supervisor: EngineSuperviso
     return AsyncEngine(
         tokenizer,
         hang_timeout_s=server.hang_timeout_s,
-        on_hang=supervisor.kill,
+        on_hang=on_hang,
     )
 
 
 async def _serve_client(
-    client: AsyncEngine, starting: asyncio.Task[Hello], about: _StartUp, stop: asyncio.Event
+    client: AsyncEngine, starting: asyncio.Task[Hello], about: StartUp, stop: asyncio.Event
 ) -> None:
     """Bind the port, answer health checks while the engine loads, then serve until `stop` or a signal."""
-    from penstock import __version__
-    from penstock.cli.startup_report import startup_report
-    from penstock.serving.gateway.app import create_app
-    from penstock.serving.gateway.server import bind_socket, url_of
+    from penstock.serving.gateway.metrics_server import create_metrics_app
+    from penstock.serving.gateway.routes.operations import metrics_page
+    from penstock.serving.gateway.server import bind_metrics_socket, bind_socket, url_of
     from penstock.serving.gateway.server import serve as serve_app
+    from penstock.telemetry.recorder import Recorder
 
     server = about.server
-    name = server.served_model_name or model_name(about.engine.model)
     sock = bind_socket(server)
-    app = create_app({name: client}, server, version=__version__)
-    serving = asyncio.create_task(serve_app(app, server, sock=sock, stop=stop))
+    gateway = await prepare(server, about.gateway)
+    about = dataclasses.replace(about, gateway=gateway)
+    metrics_sock = bind_metrics_socket(gateway)
+    app = await make_app({about.model_name: client}, server, gateway, Recorder())
+    metrics_app = create_metrics_app(lambda: metrics_page(app.state.gateway), gateway.metrics_host)
+    serving = asyncio.create_task(
+        serve_app(app, server, gateway, sock=sock, metrics_app=metrics_app, metrics_sock=metrics_sock, stop=stop)
+    )
     try:
         await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            hello = starting.result()
-            seconds = time.perf_counter() - about.started
-            print(startup_report(about.engine, server, hello, name, url_of(sock), seconds), flush=True)  # noqa: T201
+            about.report(starting.result(), url_of(sock, "https" if gateway.ssl_certfile else "http"))
     finally:
         if starting.done() and not starting.cancelled() and starting.exception() is not None:
             stop.set()

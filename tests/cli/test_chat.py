@@ -13,11 +13,11 @@ import sys
 import time
 
 import pytest
-from tests.cli.conftest import Invoke, RunningServer
 
 from penstock.core.errors import EngineError
 from penstock.serving.frontend.client import ChatPrompt
 from penstock.testing.fake_client import Behavior, FakeClient
+from tests.cli.conftest import Invoke, RunningServer
 
 
 def messages_of(client: FakeClient, index: int) -> list[tuple[str, str]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tests.cli.conftest import Invoke
-from tests.hub.fake_hub import FakeHub
 
 from penstock.cli import checks, packages
 from penstock.cli.checks import Check
 from penstock.core.config import EngineConfig
 from penstock.testing.checkpoints import write_tiny_checkpoint
+from tests.cli.conftest import Invoke
+from tests.hub.fake_hub import FakeHub
 
 
 def test_doctor_reports_this_machine(invoke: Invoke) -> None:

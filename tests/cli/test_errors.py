@@ -10,12 +10,12 @@ import time
 from typing import NoReturn
 
 import pytest
-from tests.cli.conftest import Invoke
 
 from penstock.cli import checks
 from penstock.cli.app import COMMANDS
 from penstock.cli.main import INTERRUPTED
 from penstock.core.errors import ModelFormatError
+from tests.cli.conftest import Invoke
 
 
 def one_line(text: str) -> str:
@@ -135,3 +135,9 @@ def test_help_groups_settings_and_shows_defaults(invoke: Invoke) -> None:
 
 def test_signal_number_is_the_shell_convention() -> None:
     assert INTERRUPTED == 128 + signal.SIGINT
+
+
+def test_without_a_command_the_help_is_shown(invoke: Invoke) -> None:
+    result = invoke()
+    assert result.code == 2
+    assert "Commands:\n" in result.err

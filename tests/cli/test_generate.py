@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.conftest import Invoke
 
 from penstock.core.errors import EngineError
 from penstock.serving.frontend.client import ChatPrompt, TextPrompt, TokensPrompt
 from penstock.testing.fake_client import Behavior, FakeClient
+from tests.cli.conftest import Invoke
 
 
 def records(text: str) -> list[dict[str, Any]]:

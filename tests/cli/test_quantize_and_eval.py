@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.conftest import Invoke
 
 from penstock.cli.quantize import REPORT, SCHEME_NAMES, hold_out
 from penstock.cli.self_calibration import write_samples
 from penstock.execution.quantization.quantize import SCHEMES
 from penstock.testing.checkpoints import write_tiny_checkpoint
+from tests.cli.conftest import Invoke
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
 

@@ -8,22 +8,23 @@ import types
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Invoke
 
 from penstock.cli.options import sections_of, setting_options
 from penstock.cli.reference import configuration_page
 from penstock.core.config import EngineConfig, ServerConfig, flag_name
+from penstock.core.gateway_config import GatewayConfig
+from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig, GatewayConfig]]:
     """What `penstock serve` would have served."""
-    calls: list[tuple[EngineConfig, ServerConfig]] = []
+    calls: list[tuple[EngineConfig, ServerConfig, GatewayConfig]] = []
 
-    def serve(engine: EngineConfig, server: ServerConfig) -> int:
-        calls.append((engine, server))
+    def serve(engine: EngineConfig, server: ServerConfig, gateway: GatewayConfig) -> int:
+        calls.append((engine, server, gateway))
         return 0
 
     module = types.ModuleType("penstock.launch")
@@ -32,20 +33,21 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerCo
     return calls
 
 
-Served = list[tuple[EngineConfig, ServerConfig]]
+Served = list[tuple[EngineConfig, ServerConfig, GatewayConfig]]
 
 
 def test_defaults_are_those_of_the_classes(invoke: Invoke, served: Served, model_folder: str) -> None:
     assert invoke("serve", model_folder).code == 0
-    assert served == [(EngineConfig(model=model_folder), ServerConfig())]
+    assert served == [(EngineConfig(model=model_folder), ServerConfig(), GatewayConfig())]
 
 
 def test_flags_of_every_type(invoke: Invoke, served: Served, model_folder: str) -> None:
-    flags = "--port 0 --dtype bfloat16 --kv-cache-gib 0.25 --no-prefix-caching --served-model-name tiny"
+    flags = "--port 0 --dtype bfloat16 --kv-cache-gib 0.25 --no-prefix-caching --served-model-name tiny --auth keys,jwt"
     assert invoke("serve", model_folder, *flags.split()).code == 0
-    engine, server = served[0]
+    engine, server, gateway = served[0]
     assert engine == EngineConfig(model=model_folder, dtype="bfloat16", kv_cache_gib=0.25, prefix_caching=False)
     assert server == ServerConfig(port=0, served_model_name="tiny")
+    assert gateway.auth_methods == ("keys", "jwt")
 
 
 def test_environment_is_below_flags_and_above_defaults(
@@ -56,7 +58,7 @@ def test_environment_is_below_flags_and_above_defaults(
     monkeypatch.setenv("PENSTOCK_MAX_NUM_SEQS", "4")
     monkeypatch.setenv("PENSTOCK_PREFIX_CACHING", "0")
     assert invoke("serve", "--max-num-seqs", "8").code == 0
-    engine, server = served[0]
+    engine, server, _ = served[0]
     assert engine == EngineConfig(model=model_folder, max_num_seqs=8, prefix_caching=False)
     assert server.port == 9000
 

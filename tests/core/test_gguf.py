@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.gguf_files import pair, raw_file, string, tensor_entry
 
 from penstock.core.errors import ModelFormatError
 from penstock.core.gguf import MAX_HEADER_BYTES, GGUFFile, part_paths, read_gguf, read_gguf_parts
+from tests.gguf_files import pair, raw_file, string, tensor_entry
 
 ALIGNMENT_KEY = "general.alignment"
 

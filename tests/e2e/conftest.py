@@ -8,6 +8,9 @@ import openai
 import pytest
 
 from penstock.testing.server import RunningServer
+from tests.services import postgres_server, redis_server
+
+__all__ = ["postgres_server", "redis_server"]
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +22,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="session")
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as running:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        default_headers={"Cache-Control": "no-store"},
+        timeout=60,
+    ) as running:
         yield running

@@ -24,7 +24,13 @@ def prompt(number: int) -> list[ChatCompletionMessageParam]:
 
 
 def make_client(server: RunningServer) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        default_headers={"Cache-Control": "no-store"},
+        timeout=120,
+    )
 
 
 async def stream_story(client: openai.AsyncOpenAI, number: int, max_tokens: int) -> tuple[str, str | None, int]:

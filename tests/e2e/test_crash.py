@@ -22,7 +22,13 @@ def start(tmp_path: Path, *flags: str) -> RunningServer:
 
 
 def make_client(server: RunningServer) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=90)
+    return openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        default_headers={"Cache-Control": "no-store"},
+        timeout=90,
+    )
 
 
 class Streams:

@@ -13,12 +13,12 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.gguf_files import QuantizationType, checkpoint_tensors, gguf_name, interleave, write_gguf
 
 from penstock import LLM, SamplingParams
 from penstock.hub.resolve import embedded_model_folder
 from penstock.testing.checkpoints import ModelType, write_tiny_checkpoint
 from penstock.testing.server import RunningServer
+from tests.gguf_files import QuantizationType, checkpoint_tensors, gguf_name, interleave, write_gguf
 
 VOCAB = 272
 OUTPUT_TOKENS = 16

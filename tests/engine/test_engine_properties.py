@@ -29,7 +29,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(12, 30),
         num_host_blocks=st.sampled_from([0, 3, 16]),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair", "fair"]),
         prefix_caching=st.booleans(),
         budget=st.integers(3, 24),
         prefill_cap=st.integers(1, 24),
@@ -86,6 +86,9 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         timeout_s=st.sampled_from([None, None, 5.0]),
+        queue_timeout_s=st.sampled_from([None, None, 2.0]),
+        tenant=st.sampled_from(["a", "b", "c"]),
+        weight=st.sampled_from([0.5, 1.0, 8.0]),
     )
     def add(
         self,
@@ -97,10 +100,21 @@ class EngineMachine(RuleBasedStateMachine):
         seed: int,
         prompt_logprobs: int | None,
         timeout_s: float | None,
+        queue_timeout_s: float | None,
+        tenant: str,
+        weight: float,
     ) -> str:
         prompt = [(prefix + i * i) % VOCAB for i in range(length)]
         sampling = SamplingParams(max_tokens=max_tokens, n=n, seed=seed, prompt_logprobs=prompt_logprobs)
-        request = make_request(prompt, sampling=sampling, priority=priority, timeout_s=timeout_s)
+        request = make_request(
+            prompt,
+            sampling=sampling,
+            priority=priority,
+            timeout_s=timeout_s,
+            queue_timeout_s=queue_timeout_s,
+            tenant=tenant,
+            weight=weight,
+        )
         self.added[request.request_id] = request
         self.collector.take(self.engine.add(request))
         return request.request_id
@@ -164,8 +178,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert final.error is not None
             refused = final.error.status == 400 and not tokens
             late = final.error.status == 504 and request.timeout_s is not None
+            waited = final.error.status == 503 and request.queue_timeout_s is not None and not tokens
             failed = final.error.status == 500 and self.failures > 0
-            assert refused or late or failed, final
+            assert refused or late or waited or failed, final
 
 
 def machine(depth: int) -> type[EngineMachine]:

@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.gguf_files import QuantizationType, write_gguf
 
 from penstock.core.errors import ModelFormatError
 from penstock.core.gguf import read_gguf_parts
@@ -19,6 +18,7 @@ from penstock.execution.layers.rotary import inverse_frequencies
 from penstock.execution.models.config import ModelConfig
 from penstock.hub.gguf_config import model_config, shortest_decimal
 from penstock.testing.checkpoints import ModelType, write_tiny_checkpoint
+from tests.gguf_files import QuantizationType, write_gguf
 
 Edit = Callable[[gguf.GGUFWriter], None]
 

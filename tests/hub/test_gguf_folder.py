@@ -8,12 +8,12 @@ from pathlib import Path
 
 import gguf
 import pytest
-from tests.gguf_files import write_gguf
 
 from penstock.core.errors import ConfigError, ModelFormatError
 from penstock.hub import resolve_model
 from penstock.hub.gguf_folder import MAX_FOLDERS, gguf_cache_folder
 from penstock.testing.checkpoints import CHAT_TEMPLATE, write_tiny_checkpoint
+from tests.gguf_files import write_gguf
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.gguf_files import pair, raw_file, string, tensor_entry
 
 from penstock.core.errors import ModelFormatError
 from penstock.core.gguf import read_gguf_parts
 from penstock.hub.gguf_config import model_config
 from penstock.hub.gguf_tokenizer import tokenizer_files
+from tests.gguf_files import pair, raw_file, string, tensor_entry
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
 

@@ -13,7 +13,6 @@ import gguf
 import pytest
 import tokenizers
 from gguf import TokenType
-from tests.gguf_files import add_byte_level_tokenizer, write_gguf
 
 from penstock.core.errors import ModelFormatError
 from penstock.core.gguf import read_gguf
@@ -21,6 +20,7 @@ from penstock.hub.gguf_pretokenizers import PRE_TOKENIZERS
 from penstock.hub.gguf_tokenizer import TokenizerFiles, tokenizer_files
 from penstock.hub.resolve import embedded_model_folder
 from penstock.serving.frontend.tokenizer import Tokenizer
+from tests.gguf_files import add_byte_level_tokenizer, write_gguf
 
 TEXTS = (
     "Once upon a time, there was a young hedgehog.",

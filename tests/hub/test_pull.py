@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.hub.fake_hub import FakeHub
 
 from penstock.core.errors import ConfigError, ModelFormatError
 from penstock.hub.api import HubClient, HubError
 from penstock.hub.pull import pull
 from penstock.hub.resolve import MANIFEST, Manifest, read_manifest, resolve_model
+from tests.hub.fake_hub import FakeHub
 
 NAME = "org/tiny"
 WEIGHTS = os.urandom(3 * 2**20)

@@ -7,7 +7,6 @@ import socket
 from typing import Any
 
 import pytest
-from tests.workbench.fake_openai import Failure, FakeOpenAI
 
 from penstock.core.errors import ConfigError
 from penstock.workbench.bench.arrival import ClosedLoop, OpenLoop
@@ -16,6 +15,7 @@ from penstock.workbench.bench.http import Response
 from penstock.workbench.bench.load import BenchmarkError, run_load
 from penstock.workbench.bench.record import RequestRecord, read_events
 from penstock.workbench.bench.workload import BenchRequest, Lengths, Workload
+from tests.workbench.fake_openai import Failure, FakeOpenAI
 
 REQUEST = BenchRequest(index=3, prompt=[300, 301, 302], prompt_tokens=3, max_tokens=6)
 WORKLOAD = Workload(input_lengths=Lengths(5, 5), output_lengths=Lengths(4, 4), seed=1)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from tests.workbench.fake_openai import FakeOpenAI
 
 from penstock.core.errors import ConfigError
 from penstock.core.types import SamplingParams
@@ -24,6 +23,7 @@ from penstock.workbench.bench.report import OfflineReport, ServeReport, StartupR
 from penstock.workbench.bench.server import ServerProcess
 from penstock.workbench.bench.startup import measure_startup
 from penstock.workbench.bench.workload import Lengths, Workload
+from tests.workbench.fake_openai import FakeOpenAI
 
 SMALL = ["--input-tokens", "8", "--output-tokens", "3", "--requests", "6", "--prompt-seed", "1"]
 

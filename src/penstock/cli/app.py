@@ -22,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "eval": ("penstock.cli.eval_command:evaluate", "Measure the perplexity of a text, or the distance of two models."),
     "bench": ("penstock.cli.bench:bench", "Measure throughput and latency of an engine or a server."),
+    "usage": ("penstock.cli.usage:usage", "Print requests, tokens and cost by day, key, tenant or model."),
+    "keys": ("penstock.cli.keys:keys", "Make, list, rotate and revoke API keys."),
+    "db": ("penstock.cli.db:db", "Upgrade or check the account database."),
     "doctor": ("penstock.cli.doctor:doctor", "Say what this machine has, what is missing and how to get it."),
     "version": ("penstock.cli.version:version", "Print the version."),
 }

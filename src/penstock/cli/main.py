@@ -52,6 +52,9 @@ def _report(error: Exception, debug: bool) -> int:
 
     if isinstance(error, click.Abort):
         return INTERRUPTED
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        sys.stderr.write(error.format_message() + "\n")
+        return error.exit_code
     if isinstance(error, click.ClickException):
         _print_error(_with_help_hint(error))
         return error.exit_code

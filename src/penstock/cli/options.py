@@ -15,11 +15,13 @@ import click
 from click.core import ParameterSource
 
 from penstock.core.config import EngineConfig, ServerConfig, flag_name
+from penstock.core.gateway_config import GatewayConfig
 
-Config = TypeVar("Config", EngineConfig, ServerConfig)
+Config = TypeVar("Config", EngineConfig, ServerConfig, GatewayConfig)
+ConfigClass = type[EngineConfig] | type[ServerConfig] | type[GatewayConfig]
 
 # The order of sections and of fields in them. A field that stands nowhere here goes to its class's last section.
-SECTIONS: dict[type[EngineConfig] | type[ServerConfig], dict[str, tuple[str, ...]]] = {
+SECTIONS: dict[ConfigClass, dict[str, tuple[str, ...]]] = {
     EngineConfig: {
         "Model": (
             "revision",
@@ -39,6 +41,46 @@ SECTIONS: dict[type[EngineConfig] | type[ServerConfig], dict[str, tuple[str, ...
         "Streaming": ("stream_coalesce_s", "sse_ping_s"),
         "Log": ("log_level", "log_format"),
         "Supervision": (),
+    },
+    GatewayConfig: {
+        "Who may ask": (
+            "auth",
+            "admin_key_file",
+            "open_routes",
+            "allowed_hosts",
+            "cors_origins",
+            "metrics_token_file",
+            "metrics_port",
+            "metrics_host",
+        ),
+        "JSON web tokens": (
+            "jwt_algorithm",
+            "jwt_secret_file",
+            "jwt_jwks",
+            "jwt_issuer",
+            "jwt_audience",
+            "jwt_leeway_s",
+            "jwt_tenant_claim",
+            "jwt_role_claim",
+            "jwt_limits_claim",
+        ),
+        "Accounts and shared state": (
+            "database_url",
+            "redis_url",
+            "redis_timeout_s",
+            "redis_limits_failure",
+            "price_table",
+            "usage_spool_mib",
+        ),
+        "Limits": ("default_rpm", "default_tpm", "default_concurrency", "tokens_counted", "reserve_output_tokens"),
+        "Response cache": (
+            "response_cache",
+            "response_cache_mib",
+            "response_cache_ttl_s",
+            "response_cache_shared",
+        ),
+        "Proxies and TLS": ("root_path", "forwarded_allow_ips", "ssl_certfile", "ssl_keyfile"),
+        "Admission and connections": (),
     },
 }
 
@@ -87,7 +129,7 @@ def debug_option() -> click.Option:
     )
 
 
-def setting_options(config_class: type[EngineConfig] | type[ServerConfig]) -> list[SettingOption]:
+def setting_options(config_class: ConfigClass) -> list[SettingOption]:
     """One option per field that has a flag, in the order of the sections."""
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -96,7 +138,7 @@ def setting_options(config_class: type[EngineConfig] | type[ServerConfig]) -> li
     return [_option(fields[name], hints[name], section) for section, names in ordered.items() for name in names]
 
 
-def sections_of(config_class: type[EngineConfig] | type[ServerConfig]) -> dict[str, list[str]]:
+def sections_of(config_class: ConfigClass) -> dict[str, list[str]]:
     """Every field with a flag, by section; fields that no section names are in the last one."""
     names = [f.name for f in dataclasses.fields(config_class) if f.metadata.get("flag") != "(argument)"]
     placed = {name for section in SECTIONS[config_class].values() for name in section}
@@ -106,7 +148,7 @@ def sections_of(config_class: type[EngineConfig] | type[ServerConfig]) -> dict[s
 
 
 def with_settings(
-    *config_classes: type[EngineConfig] | type[ServerConfig], without: frozenset[str] = frozenset()
+    *config_classes: ConfigClass, without: frozenset[str] = frozenset()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: add the options of the configuration classes to a command's function, except the fields `without`."""
 

@@ -8,7 +8,12 @@ from penstock.core.errors import ConfigError
 
 # extra → (what it is for, modules that it brings)
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "server": ("penstock serve, penstock chat --url", ("fastapi", "httpx", "prometheus_client", "uvicorn", "zmq")),
+    "server": (
+        "penstock serve, penstock keys, penstock chat --url",
+        ("aiosqlite", "alembic", "fastapi", "httpx", "jwt", "prometheus_client", "sqlalchemy", "uvicorn", "zmq"),
+    ),
+    "redis": ("--redis-url", ("redis",)),
+    "postgresql": ("--database-url postgresql://…", ("asyncpg",)),
     "verify": ("penstock verify", ("transformers",)),
 }
 

@@ -7,12 +7,13 @@ import sys
 import typing
 from typing import Any
 
-from penstock.cli.options import environment_variable, sections_of
+from penstock.cli.options import ConfigClass, environment_variable, sections_of
 from penstock.core.config import EngineConfig, ServerConfig, flag_name
+from penstock.core.gateway_config import GatewayConfig
 
 _INTRODUCTION = """# Configuration
 
-This page is made from `src/penstock/core/config.py` by `python -m penstock.cli.reference`; a test keeps it current.
+This page is made from `src/penstock/core/config.py` and `gateway_config.py` by `python -m penstock.cli.reference`; a test keeps it current.
 
 Every setting is a flag of `penstock serve`; those of the engine are also flags of `penstock generate` and `penstock chat` and keyword
 arguments of `LLM`. A flag beats its environment variable, which beats the default. A boolean variable is `1` or `0`. Times are in
@@ -29,8 +30,8 @@ Three more variables: `PENSTOCK_MODELS` (where `penstock pull` keeps models; def
 def configuration_page() -> str:
     """The page as Markdown."""
     parts = [_INTRODUCTION]
-    config_class: type[EngineConfig] | type[ServerConfig]
-    for config_class, title in ((EngineConfig, "Engine"), (ServerConfig, "Server")):
+    config_class: ConfigClass
+    for config_class, title in ((EngineConfig, "Engine"), (ServerConfig, "Server"), (GatewayConfig, "Gateway")):
         fields = {field.name: field for field in dataclasses.fields(config_class)}
         hints = typing.get_type_hints(config_class)
         parts.append(f"## {title}\n")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 from penstock.core.config import EngineConfig, ServerConfig, flag_name
+from penstock.core.gateway_config import GatewayConfig
 from penstock.core.types import Hello, ModelInfo
 
 _GIB = 2**30
@@ -14,19 +16,25 @@ _WORTH_QUANTISING = 64 * 2**20
 
 
 def startup_report(
-    engine: EngineConfig, server: ServerConfig, hello: Hello, model_name: str, url: str, seconds: float
+    engine: EngineConfig,
+    server: ServerConfig,
+    gateway: GatewayConfig,
+    hello: Hello,
+    model_name: str,
+    url: str,
+    seconds: float,
 ) -> str:
-    """`seconds`: from the start of the process to now. The numbers in `hello` are those that 0 and 'auto' became."""
+    """`seconds`: from the start of the process to now. The numbers in `hello` are those that 0 and 'auto' became; so is `gateway.auth`."""
     phases = "  ".join(f"{name} {duration:.2f} s" for name, duration in hello.timeline)
     return "\n".join(
         [
             f"Penstock serves {model_name} at {url}/v1",
             f"  start-up       {phases}  ready {seconds:.2f} s",
-            *(f"  {label:<14} {text}" for label, text in _facts(hello.model)),
-            f"  settings       {_settings(engine, server)}",
+            *(f"  {label:<14} {text}" for label, text in [*_facts(hello.model), *_gateway_facts(gateway)]),
+            f"  settings       {_settings(engine, server, gateway)}",
             "",
             "Try it:",
-            f"  {curl_line(url, model_name)}",
+            f"  {curl_line(url, model_name, with_key=bool(gateway.auth_methods))}",
         ]
     )
 
@@ -63,21 +71,39 @@ def _precision(model: ModelInfo) -> str:
     return text
 
 
-def _settings(engine: EngineConfig, server: ServerConfig) -> str:
+def _gateway_facts(gateway: GatewayConfig) -> list[tuple[str, str]]:
+    """Who may ask, and what is shared with whom."""
+    methods = gateway.auth_methods
+    access = f"with {' or '.join(methods)}" if methods else "everybody who reaches this address, without authentication"
+    cache = gateway.response_cache
+    if cache == "auto":
+        cache = "redis" if gateway.redis_url else "memory"
+    kept = f"response cache in {cache}" if cache != "off" else "no response cache"
+    workers = f", {gateway.gateway_workers} gateway processes" if gateway.gateway_workers > 1 else ""
+    return [("access", access), ("gateway", kept + workers)]
+
+
+def _settings(*configs: EngineConfig | ServerConfig | GatewayConfig) -> str:
     """The settings that differ from their defaults."""
     changed = []
-    for config in (engine, server):
+    for config in configs:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if value != field.default and field.name != "model":
-                changed.append(f"{flag_name(field.name)} {value}")
+            if value != field.default and field.name not in ("model", "auth"):
+                changed.append(f"{flag_name(field.name)} {_without_password(str(value))}")
     return " ".join(changed) or "all defaults (penstock serve --help)"
 
 
-def curl_line(url: str, model_name: str) -> str:
+def _without_password(value: str) -> str:
+    """`scheme://user:password@host` without the password."""
+    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", value)
+
+
+def curl_line(url: str, model_name: str, *, with_key: bool) -> str:
     """A request to paste into a shell."""
     message = (
         "Write a single paragraph moral story for children about a fox who learns the value of honesty in a forest."
     )
     body = {"model": model_name, "messages": [{"role": "user", "content": message}], "max_tokens": 200}
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
+    return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

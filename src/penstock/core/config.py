@@ -88,7 +88,12 @@ class EngineConfig:
         0,
         "Most prompt tokens in a step in which others decode; 0: an eighth of the token budget. Keeps their rhythm steady.",
     )
-    scheduling_policy: str = setting("fcfs", "Order of waiting requests.", choices=("fcfs", "priority"))
+    scheduling_policy: str = setting(
+        "fair",
+        "Order of requests. 'fair': tenants share the engine by weight, and within a tenant priority, then arrival decides; 'priority': "
+        "the same without tenants; 'fcfs': arrival only. A waiting request gains a level of priority every 10 s.",
+        choices=("fair", "priority", "fcfs"),
+    )
     max_waiting_requests: int = setting(1024, "Most requests waiting in the engine; more are refused with 503.")
 
     def __post_init__(self) -> None:

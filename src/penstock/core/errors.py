@@ -109,17 +109,25 @@ class PayloadTooLargeError(RequestError):
 
 
 class RateLimitError(RequestError):
-    """`retry_after_s`: after how many seconds a client alone on its key succeeds; None: no retry helps (a budget is spent)."""
+    """`retry_after_s`: after how many seconds a client alone on its key succeeds; None: no retry helps (a budget is spent). `headers`:
+    response headers that show the state of the limits."""
 
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
 
     def __init__(
-        self, message: str, *, retry_after_s: float | None, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None,
+        headers: dict[bytes, bytes] | None = None,
+        param: str | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s
+        self.headers = {} if headers is None else headers
 
 
 class AbortedError(RequestError):
@@ -148,8 +156,11 @@ class OverloadedError(RequestError):
 
 
 class StoreUnavailableError(RequestError):
+    """A store that is away is looked for all the time, so that a retry makes sense after `retry_after_s`."""
+
     status = 503
     default_code = "store_unavailable"
+    retry_after_s = 1.0
 
 
 class EngineDeadError(RequestError):

@@ -28,9 +28,7 @@ class GatewayConfig:
     metrics_token_file: str | None = setting(None, "File with the token that /metrics takes as bearer token.")
     metrics_port: int = setting(0, "Serve /metrics without identity on this port too; 0: no.")
     metrics_host: str = setting("127.0.0.1", "Address of --metrics-port.")
-    jwt_algorithm: str = setting(
-        "RS256", "The only algorithm that a JWT may be signed with.", choices=JWT_ALGORITHMS
-    )
+    jwt_algorithm: str = setting("RS256", "The only algorithm that a JWT may be signed with.", choices=JWT_ALGORITHMS)
     jwt_secret_file: str | None = setting(None, "File with the shared secret of HS256 (at least 32 bytes).")
     jwt_jwks: str | None = setting(None, "JWKS with the public keys: a file or an https URL of yours.")
     jwt_issuer: str | None = setting(None, "Required `iss` of a JWT.")
@@ -109,7 +107,13 @@ class GatewayConfig:
         check_choices(self)
         if self.auth not in ("auto", "none") and not set(self.auth.split(",")) <= set(AUTH_METHODS):
             raise ConfigError(f"--auth must be none, keys, jwt or keys,jwt, not {self.auth!r}.")
-        for name in ("default_rpm", "default_tpm", "default_concurrency", "max_inflight_requests", "max_inflight_tokens"):
+        for name in (
+            "default_rpm",
+            "default_tpm",
+            "default_concurrency",
+            "max_inflight_requests",
+            "max_inflight_tokens",
+        ):
             check_at_least(self, name, 0)
         for name in ("drain_linger_s", "jwt_leeway_s", "response_cache_mib", "usage_spool_mib"):
             check_at_least(self, name, 0)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from penstock.core.errors import ConfigError, OverloadedError, PenstockError
-from penstock.core.types import FromEngine, ToEngine
+from penstock.core.types import Disconnect, FromEngine, ToEngine
 
 if TYPE_CHECKING:
     import zmq
@@ -65,7 +65,8 @@ class ClientEndpoint(Protocol):
 
 
 class ZmqEngineEndpoint:
-    """ROUTER socket bound to `address` (ipc:// in a private directory)."""
+    """ROUTER socket bound to `address` (ipc:// in a private directory). A client whose connection ended without Disconnect (its process was
+    killed) is received as one that said it, once something was sent to it."""
 
     def __init__(self, address: str) -> None:
         import zmq
@@ -81,10 +82,12 @@ class ZmqEngineEndpoint:
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
+        self._unreachable: set[ClientId] = set()
 
     def receive(self, timeout_s: float) -> list[tuple[ClientId, ToEngine]]:
-        messages: list[tuple[ClientId, ToEngine]] = []
-        if timeout_s > 0 and not self._socket.poll(int(timeout_s * 1000) or 1):
+        messages: list[tuple[ClientId, ToEngine]] = [(client, Disconnect()) for client in self._unreachable]
+        self._unreachable.clear()
+        if timeout_s > 0 and not messages and not self._socket.poll(int(timeout_s * 1000) or 1):
             return messages
         while True:
             try:
@@ -101,7 +104,9 @@ class ZmqEngineEndpoint:
     def send(self, client: ClientId, message: FromEngine) -> bool:
         try:
             self._socket.send_multipart((client, self._encoder.encode(message)), self._zmq.NOBLOCK)
-        except (self._zmq.Again, self._zmq.ZMQError):
+        except self._zmq.ZMQError as error:
+            if error.errno == self._zmq.EHOSTUNREACH:
+                self._unreachable.add(client)
             return False
         return True
 

@@ -130,7 +130,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `sampling.seed` and `sampling.max_tokens` are set (the frontend fills them). `samples` names the samples to run: all of
     0..n-1 with no output for a fresh request, the unfinished ones with their output so far for a resumed one. `attempt`
     counts resubmissions; deltas carry it so that late ones are recognised. `cache_salt` separates prefix caches.
-    `priority`: lower is served first. `timeout_s` counts from arrival at the engine.
+    `priority`: lower is served first. `tenant` and its `weight`: whose share of a busy engine this is. `timeout_s` bounds the whole
+    request and `queue_timeout_s` the wait before its first step; both count from arrival at the engine.
     """
 
     request_id: str
@@ -143,6 +144,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     weight: float = 1.0
     cache_salt: str = ""
     timeout_s: float | None = None
+    queue_timeout_s: float | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -181,7 +183,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     continue each other's generations. `kv_cache_tokens` is the capacity of the KV cache, `max_request_tokens` the longest
     prompt + output that a single request can have (the model's context or the cache, whichever is smaller). `weights`: in which
     precision weights are kept ('bfloat16', 'int4 group 32, head int8'); `kernels`: whose arithmetic runs on a CPU and, if it is not the
-    native kernels', why."""
+    native kernels', why. `tokenizer_hash` and `template_hash` are the frontend's: equal hashes, equal token ids and prompts."""
 
     architecture: str
     dtype: str
@@ -203,6 +205,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_dtype: str = ""
     kernels: str = ""
     threads: int = 0
+    tokenizer_hash: str = ""
+    template_hash: str = ""
 
     @property
     def max_request_tokens(self) -> int:

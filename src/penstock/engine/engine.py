@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from penstock.core.types import (
     SampleStart,
     TokenDelta,
 )
+from penstock.engine.deadlines import Deadlines
 from penstock.engine.executor import Executor, StepHandle
 from penstock.engine.kv_cache_manager import KVCacheManager
 from penstock.engine.plan import Update
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 # An executor that fails this often without a good step between is broken, not unlucky.
 MAX_CONSECUTIVE_FAILURES = 16
+# A tenant may fill so many times the room in the queue that it leaves to others.
+QUEUE_GREED = 7
 
 Client = bytes
 Addressed = tuple[Client, TokenDelta]
@@ -61,7 +63,7 @@ class Engine:
         executor: Executor,
         ceiling: LiveLimits,
         *,
-        policy: str = "fcfs",
+        policy: str = "fair",
         prefix_caching: bool = True,
         max_waiting_requests: int = 1024,
         clock: Callable[[], float] = time.monotonic,
@@ -81,8 +83,8 @@ class Engine:
         self._order = 0
         self._submitted: deque[tuple[SchedulerOutput, StepHandle, float]] = deque()
         self._requests: dict[tuple[Client, str], dict[int, Request]] = {}
-        self._deadlines: dict[str, Request] = {}
-        self._next_deadline = math.inf
+        self._deadlines: Deadlines[Request] = Deadlines()
+        self._queue_deadlines: Deadlines[tuple[Client, str]] = Deadlines()
         self._consecutive_failures = 0
         self._process = psutil.Process()
 
@@ -119,8 +121,9 @@ class Engine:
         for request in requests:
             self.scheduler.add(request)
             if request.deadline is not None:
-                self._deadlines[request.key] = request
-                self._next_deadline = min(self._next_deadline, request.deadline)
+                self._deadlines.set(request, request.deadline)
+        if source.queue_timeout_s is not None:
+            self._queue_deadlines.set((client, source.request_id), now + source.queue_timeout_s)
         self.counters.prompt_tokens += len(source.prompt_token_ids)
         return []
 
@@ -145,8 +148,11 @@ class Engine:
                 f"{len(prompt)} prompt tokens and {wanted} output tokens do not fit: the model takes "
                 f"{self.model.max_model_len} tokens and the KV cache holds {self.model.kv_cache_tokens}."
             )
-        if self.scheduler.num_waiting >= self._max_waiting_requests:
+        room_to_wait = self._max_waiting_requests - self.scheduler.num_waiting
+        if room_to_wait <= 0:
             raise OverloadedError(f"{self._max_waiting_requests} requests are waiting already; retry later.")
+        if source.tenant and self.scheduler.policy.num_waiting_of(source.tenant) >= QUEUE_GREED * room_to_wait:
+            raise OverloadedError("Too many of your requests are waiting already; retry later.")
 
     def abort(
         self, client: Client, request_id: str, indices: list[int] | None = None, error: ErrorInfo | None = None
@@ -168,16 +174,18 @@ class Engine:
                 self.abort(client, request_id)
 
     def expire(self) -> list[Addressed]:
-        """End the requests whose deadline has passed."""
+        """End the requests whose deadline has passed, and those that waited too long for their first step."""
         now = self._clock()
-        if now < self._next_deadline:
-            return []
-        late = [request for request in self._deadlines.values() if request.deadline and request.deadline <= now]
         deltas = []
-        for request in late:
-            error = DeadlineExceededError("The request did not finish before its deadline.")
-            deltas += self.abort(request.client, request.request_id, [request.index], error.info)
-        self._next_deadline = min((r.deadline for r in self._deadlines.values() if r.deadline), default=math.inf)
+        for request in self._deadlines.take_passed(now):
+            late = DeadlineExceededError("The request did not finish before its deadline.")
+            deltas += self.abort(request.client, request.request_id, [request.index], late.info)
+        for client, request_id in self._queue_deadlines.take_passed(now):
+            samples = self._requests.get((client, request_id), {})
+            # A request has begun with the first of its samples; the others wait for a place, but no longer for an answer.
+            if all(sample.last_step_id < 0 for sample in samples.values()):
+                waited = OverloadedError("The request waited too long for its turn; retry later.")
+                deltas += self.abort(client, request_id, None, waited.info)
         return deltas
 
     # ---- steps ----
@@ -210,8 +218,9 @@ class Engine:
         phases["prepare"] += output.prepare_seconds
         phases["forward"] += output.forward_seconds
         phases["sample"] += output.sample_seconds
-        updates = self.scheduler.update(output)
+        # Before the update, which forgets the requests that end.
         self._count_step(scheduled, retired, retired - started)
+        updates = self.scheduler.update(output)
         deltas = [self._delta(update) for update in updates]
         phases["deliver"] += self._clock() - retired
         return deltas
@@ -235,6 +244,7 @@ class Engine:
             request = self.scheduler.requests.get(new.key)
             if request is not None and request.first_scheduled_time is None:
                 request.first_scheduled_time = now - seconds
+                self._queue_deadlines.drop((request.client, request.request_id))
             if self._prefix_caching:
                 counters.prefix_queried_tokens += len(new.token_ids)
                 counters.prefix_hit_tokens += new.num_computed_tokens
@@ -271,11 +281,12 @@ class Engine:
 
     def _forget(self, request: Request, reason: str) -> None:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-        self._deadlines.pop(request.key, None)
+        self._deadlines.drop(request)
         samples = self._requests[request.client, request.request_id]
         del samples[request.index]
         if not samples:
             del self._requests[request.client, request.request_id]
+            self._queue_deadlines.drop((request.client, request.request_id))
 
     # ---- settings and state ----
 

@@ -86,13 +86,23 @@ class KVCacheManager:
                     break
         return PrefixMatch(device, host, (len(device) + len(host)) * self.block_size)
 
-    def fits(self, request: Request, match: PrefixMatch, num_tokens: int) -> bool:
-        """Whether blocks for the request's first `num_tokens` tokens are free now, those of `match` counted in."""
+    def missing(self, request: Request, match: PrefixMatch, num_tokens: int) -> int:
+        """How many blocks more must be free before the request can have those of its first `num_tokens` tokens, those of `match` counted
+        in; negative when some are left over."""
         reused = sum(1 for block_id in match.device_blocks if self.pool.ref_count(block_id) > 0)
-        return self.blocks_for(num_tokens) - reused <= self.pool.num_free
+        return self.blocks_for(num_tokens) - reused - self.pool.num_free
+
+    def num_exclusive(self, request: Request) -> int:
+        """Blocks that become free when this request is released."""
+        return sum(1 for block_id in request.block_ids if self.pool.ref_count(block_id) == 1)
+
+    @property
+    def has_copies(self) -> bool:
+        """The next step copies blocks: those they come from must stay where they are."""
+        return bool(self._moves.copies)
 
     def admit(self, request: Request, match: PrefixMatch, num_tokens: int) -> None:
-        """Give a request without blocks those of its first `num_tokens` tokens; `fits` was asked before."""
+        """Give a request without blocks those of its first `num_tokens` tokens; `missing` was asked before."""
         self.pool.reference(match.device_blocks)
         for host_id in match.host_blocks:  # before `take`, which may look for host blocks to overwrite
             self._pin(host_id)

@@ -11,12 +11,18 @@ from penstock.engine.step import SchedulerOutput
 
 @dataclass(slots=True)
 class StepPlan:
-    """A step being filled: what is left of the budgets, and who got how many tokens."""
+    """A step being filled: what is left of the budgets, who got how many tokens, how many requests began to run or were displaced.
+    `prompts`: running requests whose known tokens are not all computed; they were admitted because all of these fit, so blocks that they
+    do not have yet are promised to them. `outgrown`: running requests ran out of blocks, so that nobody is admitted."""
 
     budget: int
     prefill_budget: int
     scheduled: dict[Request, int] = field(default_factory=dict)
     new_blocks: dict[Request, list[int]] = field(default_factory=dict)
+    prompts: list[Request] = field(default_factory=list)
+    num_admitted: int = 0
+    num_displaced: int = 0
+    outgrown: bool = False
 
     def add(self, request: Request, num_tokens: int, wanted: int, new_blocks: list[int]) -> None:
         """Schedule `num_tokens` of the `wanted` tokens that the request could use."""

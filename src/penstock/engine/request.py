@@ -26,6 +26,8 @@ class Request:
 
     A request is scheduled until num_computed_tokens catches up with num_tokens + num_pending; the step that catches up samples.
 
+    charged     the first num_charged_tokens are on the tenant's account; what a preemption makes the engine compute again is not charged.
+
     `order`: position in arrival order, unique. `epoch` counts preemptions, so that news from before one is recognised.
     """
 
@@ -47,6 +49,7 @@ class Request:
         "max_output_tokens",
         "num_cached_blocks",
         "num_cached_tokens",
+        "num_charged_tokens",
         "num_computed_tokens",
         "num_inflight",
         "num_pending",
@@ -104,6 +107,7 @@ class Request:
         self.num_prompt_tokens = len(source.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_retired_tokens = 0
+        self.num_charged_tokens = 0
         self.num_pending = 0
         self.num_inflight = 0
         self.last_step_id = -1

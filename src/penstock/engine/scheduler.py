@@ -5,24 +5,29 @@ number of them that are computed; each step hands out a token budget until the s
 prefix hits, recompute after preemption and resumption elsewhere are this one rule.
 
 Order within a step: requests that run and need one token (their rhythm is what users see), requests that run and need more, then
-admissions. While others decode, prompts together get at most `max_prefill_tokens_while_decoding`.
+admissions, except those that the policy puts before the rest of a running prompt. While others decode, prompts together get at most
+`max_prefill_tokens_while_decoding`.
 
-This file holds the rule and the bookkeeping of steps. It must not learn about text, devices, clients or metrics: ordering belongs
-to policy.py, blocks to kv_cache_manager.py, outcomes and deltas to engine.py.
+This file holds the rule and the bookkeeping of steps. It must not learn about text, devices, clients, tenants or metrics: ordering belongs
+to policy.py and fairness.py, blocks to kv_cache_manager.py, outcomes and deltas to engine.py.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import OrderedDict
 
 from penstock.core.errors import IntegrityError
 from penstock.core.types import FinishReason, LiveLimits
 from penstock.engine.kv_cache_manager import KVCacheManager
 from penstock.engine.plan import InflightStep, StepPart, StepPlan, Update
-from penstock.engine.policy import Policy, WaitingQueue
+from penstock.engine.policy import Policy, Room
 from penstock.engine.request import Request, RequestStatus
 from penstock.engine.step import CachedRequest, NewRequest, RequestKey, RunnerOutput, SchedulerOutput
+
+# One waiting request may displace as many as it needs; the others of a step only so many together.
+MAX_DISPLACED_PER_STEP = 8
 
 
 class Scheduler:
@@ -37,7 +42,6 @@ class Scheduler:
         self.policy = policy
         self.limits = ceiling
         self.requests: dict[RequestKey, Request] = {}
-        self.waiting = WaitingQueue(policy)
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._inflight: OrderedDict[int, InflightStep] = OrderedDict()
@@ -51,8 +55,9 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; with a leader it waits until the leader has computed the prompt that they share."""
         self.requests[request.key] = request
+        self.policy.arrived(request)
         if request.leader is None:
-            self.waiting.push(request)
+            self.policy.push(request)
         else:
             request.status = RequestStatus.FOLLOWING
             request.leader.followers.append(request)
@@ -64,7 +69,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         elif request.status is RequestStatus.WAITING:
-            self.waiting.discard(request)
+            self.policy.discard(request)
         elif request.leader is not None:
             request.leader.followers.remove(request)
         request.status = RequestStatus.FINISHED
@@ -75,6 +80,7 @@ class Scheduler:
         if request.known_to_runner:
             self._finished_keys.append(request.key)
         self._release_followers(request)
+        self.policy.departed(request)
 
     @property
     def num_inflight(self) -> int:
@@ -95,10 +101,8 @@ class Scheduler:
         if self._suspects:
             self._schedule_suspect(plan)
         else:
-            preemptions = self.num_preemptions
             self._schedule_running(plan)
-            if self.num_preemptions == preemptions:
-                self._schedule_waiting(plan)
+            self._schedule_waiting(plan)
         return self._commit(plan) if plan.scheduled else None
 
     @property
@@ -106,18 +110,25 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         return budget if budget is not None else 2**31
 
+    @property
+    def _max_num_seqs(self) -> int:
+        return self.limits.max_num_seqs or 2**31
+
     def _schedule_running(self, plan: StepPlan) -> None:
         # Who wants how many tokens is asked once: with hundreds of requests this is what a step's scheduling takes.
-        wanted = [(request, request.num_uncomputed_tokens) for request in self.running]
-        for request, num_wanted in wanted:
-            if num_wanted == 1:
-                self._extend(plan, request, 1)
+        wanted = {request: request.num_uncomputed_tokens for request in self.running}
+        decoding = [request for request, num_wanted in wanted.items() if num_wanted == 1]
+        if len(decoding) > plan.budget:
+            decoding = self.policy.arrange(decoding)
+        for request in decoding:
+            self._extend(plan, request, 1)
         cap = self.limits.max_prefill_tokens_while_decoding
         if plan.scheduled and cap is not None:
             plan.prefill_budget = min(plan.budget, cap)
-        for request, num_wanted in wanted:
-            if num_wanted > 1:
-                self._extend(plan, request, num_wanted)
+        plan.prompts = self.policy.arrange([request for request, num_wanted in wanted.items() if num_wanted > 1])
+        for request in plan.prompts[:]:
+            self._schedule_waiting(plan, before=request)
+            self._extend(plan, request, wanted[request])
 
     def _extend(self, plan: StepPlan, request: Request, wanted: int) -> None:
         """Schedule up to `wanted` tokens of a running request, preempting from the end of the order to make room."""
@@ -131,41 +142,92 @@ class Scheduler:
             missing = self.kv.blocks_for(target) - len(request.block_ids)
             if self.kv.num_deferred and self.kv.pool.num_free + self.kv.num_deferred >= missing:
                 return  # room comes back with the steps in flight
-            victim = self.running[-1]
+            if plan.num_admitted:
+                return  # the moves of this step count on the blocks of those that run
+            victim = self.policy.victim(self.running)
             self._preempt(plan, victim)
+            plan.outgrown = True
             if victim is request:
                 return
         plan.add(request, num_tokens, wanted, blocks)
 
-    def _schedule_waiting(self, plan: StepPlan) -> None:
-        max_num_seqs = self.limits.max_num_seqs or 2**31
-        while plan.budget > 0 and (request := self.waiting.peek()) is not None:
-            if request.num_inflight:
-                return  # preempted; its last tokens are not known yet
-            if len(self.running) >= max_num_seqs and not self._displace(plan, request):
-                return
-            if not self._admit(plan, request) and not self._displace(plan, request):
-                return
+    def _schedule_waiting(self, plan: StepPlan, before: Request | None = None) -> None:
+        """Admit waiting requests in the policy's order; with `before`, only those whose turn is before that running one's."""
+        while plan.budget > 0 and not plan.outgrown and self._admit_next(plan, before):
+            pass
 
-    def _displace(self, plan: StepPlan, request: Request) -> bool:
-        """Preempt the last running request for `request`, if the policy finds it worth it."""
-        if not self.running or not self.policy.may_displace(request, self.running[-1]):
+    def _admit_next(self, plan: StepPlan, before: Request | None) -> bool:
+        for rank, request in enumerate(self.policy.heads()):
+            if before is not None and not self.policy.precedes(request, before):
+                return False
+            if request.num_inflight:
+                continue  # preempted; its last tokens are not known yet
+            if len(self.running) < self._max_num_seqs:
+                # Memory that is not enough is kept for whose turn it is, or large prompts would wait for ever.
+                return self._admit(plan, request) or (self._make_room(plan, request) and self._admit(plan, request))
+            if self._make_room(plan, request, only_place=rank > 0) and self._admit(plan, request):
+                return True
+        return False
+
+    def _make_room(self, plan: StepPlan, request: Request, *, only_place: bool = False) -> bool:
+        """Preempt those that the policy lets `request` displace, if that gives it a place and all the blocks it needs. `only_place`: it is
+        not first in line, and blocks that come back later with steps in flight would go to who is."""
+        room = Room(self._max_num_seqs, self._token_budget, self.kv.pool.num_blocks)
+        victims = self.policy.displaceable(request, self.kv.blocks_for(request.num_tokens), self.running, room)
+        first = next(victims, None)
+        if first is None or self.kv.has_copies:
             return False
-        if self.kv.num_deferred:
-            return False  # see first what the steps in flight give back
-        self._preempt(plan, self.running[-1])
-        return True
+        missing_blocks = self._missing_blocks(plan, request)
+        if missing_blocks is None or (only_place and missing_blocks > 0):
+            return False
+        missing_blocks -= self.kv.num_deferred
+        missing_slots = len(self.running) + 1 - self._max_num_seqs
+        chosen = []
+        for victim in itertools.chain([first], victims):
+            if missing_slots <= 0 and missing_blocks <= 0:
+                break
+            if not victim.known_to_runner:
+                return False  # admitted in this very step
+            chosen.append(victim)
+            missing_slots -= 1
+            missing_blocks -= self.kv.num_exclusive(victim)
+        enough = missing_slots <= 0 and missing_blocks <= 0
+        if not enough or (plan.num_displaced and plan.num_displaced + len(chosen) > MAX_DISPLACED_PER_STEP):
+            return False
+        for victim in chosen:
+            self._preempt(plan, victim)
+        plan.num_displaced += len(chosen)
+        return bool(chosen)
+
+    def _missing_blocks(self, plan: StepPlan, request: Request) -> int | None:
+        """How many blocks more must be free before the request can be admitted; None when this step has no tokens for it anyway."""
+        if self._may_fork(request):
+            return 1 + self._promised_blocks(plan) - self.kv.pool.num_free if plan.share_of(1) > 0 else None
+        match = self.kv.match_prefix(request)
+        if plan.share_of(request.num_tokens - match.num_tokens) <= 0:
+            return None
+        return self.kv.missing(request, match, request.num_tokens) + self._promised_blocks(plan)
+
+    def _promised_blocks(self, plan: StepPlan) -> int:
+        running = (request for request in plan.prompts if request.status is RequestStatus.RUNNING)
+        return sum(max(0, self.kv.blocks_for(request.num_tokens) - len(request.block_ids)) for request in running)
+
+    @staticmethod
+    def _may_fork(request: Request) -> bool:
+        leader = request.leader
+        if leader is None or not leader.block_ids:
+            return False
+        return leader.num_computed_tokens >= request.num_prompt_tokens > 1
 
     def _admit(self, plan: StepPlan, request: Request) -> bool:
         """Move a waiting request to running and schedule its first tokens. False when budget or blocks are short."""
-        leader = request.leader
-        if leader is not None and leader.block_ids and leader.num_computed_tokens >= request.num_prompt_tokens > 1:
-            return self._admit_fork(plan, request, leader)
+        if request.leader is not None and self._may_fork(request):
+            return self._admit_fork(plan, request, request.leader)
         match = self.kv.match_prefix(request)
         request.num_computed_tokens = match.num_tokens
         num_tokens = plan.share_of(request.num_uncomputed_tokens)
         # A prompt that is admitted piece by piece must fit as a whole, or several would grow into each other.
-        if num_tokens <= 0 or not self.kv.fits(request, match, request.num_tokens):
+        if num_tokens <= 0 or self.kv.missing(request, match, request.num_tokens) + self._promised_blocks(plan) > 0:
             request.num_computed_tokens = 0
             return False
         self.kv.admit(request, match, match.num_tokens + num_tokens)
@@ -173,6 +235,8 @@ class Scheduler:
         return True
 
     def _admit_fork(self, plan: StepPlan, request: Request, leader: Request) -> bool:
+        if self.kv.pool.num_free <= self._promised_blocks(plan):
+            return False
         if not self.kv.fork(request, leader, request.num_prompt_tokens):
             return False
         request.num_computed_tokens = request.num_prompt_tokens - 1
@@ -180,14 +244,19 @@ class Scheduler:
         return True
 
     def _start(self, plan: StepPlan, request: Request, num_tokens: int, num_cached_tokens: int) -> None:
-        self.waiting.discard(request)
+        self.policy.discard(request)
         request.leader = None
         request.status = RequestStatus.RUNNING
         request.num_retired_tokens = request.num_computed_tokens
         if request.epoch == 0:
             request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
+        request.num_charged_tokens = max(request.num_charged_tokens, request.num_computed_tokens)
+        # At once, so that the next admission of this step is another tenant's.
+        self.policy.charge({request: num_tokens})
         bisect.insort(self.running, request, key=self.policy.key)
         plan.add(request, num_tokens, request.num_uncomputed_tokens, [])
+        plan.prompts.append(request)
+        plan.num_admitted += 1
 
     def _schedule_suspect(self, plan: StepPlan) -> None:
         """After a failed step its requests run one at a time, so that the one that makes steps fail fails alone."""
@@ -214,7 +283,7 @@ class Scheduler:
         if request.known_to_runner:
             self._preempted_keys.append(request.key)
             request.known_to_runner = False
-        self.waiting.push(request)
+        self.policy.push(request)
         self._release_followers(request)
         self.num_preemptions += 1
 
@@ -225,14 +294,14 @@ class Scheduler:
             return
         if leader.status is RequestStatus.RUNNING:
             for follower in followers:
-                self.waiting.push(follower)
+                self.policy.push(follower)
             return
         first, *others = followers
         first.leader = None
         first.followers = others
         for follower in others:
             follower.leader = first
-        self.waiting.push(first)
+        self.policy.push(first)
 
     def _commit(self, plan: StepPlan) -> SchedulerOutput:
         step = SchedulerOutput(self._next_step_id)
@@ -241,6 +310,7 @@ class Scheduler:
         step.swap_outs, step.swap_ins, step.block_copies = moves.swap_outs, moves.swap_ins, moves.copies
         step.finished_keys, self._finished_keys = self._finished_keys, []
         step.preempted_keys, self._preempted_keys = self._preempted_keys, []
+        self.policy.charge(plan.scheduled)
         parts = []
         # Stable: those that need one token first.
         for request, num_tokens in sorted(plan.scheduled.items(), key=lambda item: item[1] > 1):

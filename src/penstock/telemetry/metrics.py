@@ -61,9 +61,9 @@ STEP_PHASES = ("schedule", "prepare", "forward", "sample", "deliver")
 STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """One row of the table. `buckets` are the upper bounds of a histogram."""
+    """One row of the table, compared and hashed by identity. `buckets` are the upper bounds of a histogram."""
 
     name: str
     kind: Kind
@@ -152,11 +152,12 @@ AUTH_FAILURES = Metric(
     "penstock_auth_failures_total", "counter", "Requests refused for their credentials, by reason.", ("reason",)
 )
 LIMITED = Metric(
-    "penstock_rate_limited_total", "counter", "Requests refused with 429, by the limit: requests, tokens, concurrency, budget.", ("limit",)
+    "penstock_rate_limited_total",
+    "counter",
+    "Requests refused with 429, by the limit: requests, tokens, concurrency, budget.",
+    ("limit",),
 )
-REFUSED = Metric(
-    "penstock_admission_refused_total", "counter", "Requests refused with 503, by reason.", ("reason",)
-)
+REFUSED = Metric("penstock_admission_refused_total", "counter", "Requests refused with 503, by reason.", ("reason",))
 INFLIGHT_TOKENS = Metric(
     "penstock_admission_tokens_in_flight", "gauge", "Prompt and output tokens reserved in the engine.", ("model",)
 )
@@ -176,10 +177,15 @@ CACHE_HIT_SECONDS = Metric(
 CACHE_BYTES = Metric("penstock_response_cache_bytes", "gauge", "Bytes that the response cache in memory holds.")
 CACHE_ENTRIES = Metric("penstock_response_cache_entries", "gauge", "Answers that the response cache in memory holds.")
 CACHE_EVICTIONS = Metric(
-    "penstock_response_cache_evictions_total", "counter", "Answers dropped from memory, by reason: size, expired.", ("reason",)
+    "penstock_response_cache_evictions_total",
+    "counter",
+    "Answers dropped from memory, by reason: size, expired.",
+    ("reason",),
 )
 CACHE_DROPPED_WRITES = Metric(
-    "penstock_response_cache_dropped_writes_total", "counter", "Answers not kept because the queue to the store was full."
+    "penstock_response_cache_dropped_writes_total",
+    "counter",
+    "Answers not kept because the queue to the store was full.",
 )
 STORE_ERRORS = Metric(
     "penstock_store_errors_total",
@@ -188,7 +194,9 @@ STORE_ERRORS = Metric(
     ("store", "purpose"),
 )
 STORE_UP = Metric("penstock_store_up", "gauge", "1 while a store answers, 0 while it is taken for away.", ("store",))
-USAGE_WRITTEN = Metric("penstock_usage_records_total", "counter", "Usage records by fate: written, duplicate, spooled, lost.", ("fate",))
+USAGE_WRITTEN = Metric(
+    "penstock_usage_records_total", "counter", "Usage records by fate: written, duplicate, spooled, lost.", ("fate",)
+)
 USAGE_PENDING = Metric("penstock_usage_records_pending", "gauge", "Usage records that wait to be written.")
 GATEWAY_WORKERS = Metric("penstock_gateway_workers", "gauge", "Gateway processes that serve now.")
 GATEWAY_WORKER_RESTARTS = Metric(

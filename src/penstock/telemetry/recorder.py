@@ -44,6 +44,13 @@ class Recorder:
             histogram = series[key] = Histogram(metric.buckets)
         histogram.observe(value, count)
 
+    def add_counts(self, metric: Metric, counts: Sequence[int], total: float, *labels: str) -> None:
+        """Add another process's histogram: its counts per bucket and the sum of its observations."""
+        self.observe(metric, 0.0, *labels, count=0)
+        histogram = self._histograms[metric][_series_key(metric, self._histograms[metric], labels)]
+        histogram.counts = [mine + theirs for mine, theirs in zip(histogram.counts, counts, strict=True)]
+        histogram.sum += total
+
     def value(self, metric: Metric, *labels: str) -> float:
         """The present value of a counter or gauge, 0 when it never moved."""
         return self._values.get(metric, {}).get(labels, 0)

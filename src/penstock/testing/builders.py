@@ -19,8 +19,11 @@ def make_request(
     sampling: SamplingParams | None = None,
     samples: list[SampleStart] | None = None,
     priority: int = 0,
+    tenant: str = "",
+    weight: float = 1.0,
     cache_salt: str = "",
     timeout_s: float | None = None,
+    queue_timeout_s: float | None = None,
     attempt: int = 0,
 ) -> EngineRequest:
     """A greedy request for 8 tokens of any kind, unless told otherwise."""
@@ -31,8 +34,11 @@ def make_request(
         sampling=sampling or SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=0),
         samples=samples or [],
         priority=priority,
+        tenant=tenant,
+        weight=weight,
         cache_salt=cache_salt,
         timeout_s=timeout_s,
+        queue_timeout_s=queue_timeout_s,
     )
 
 
@@ -42,7 +48,7 @@ def make_engine(
     max_num_batched_tokens: int = 32,
     max_num_seqs: int = 8,
     max_prefill_tokens_while_decoding: int = 32,
-    policy: str = "fcfs",
+    policy: str = "fair",
     prefix_caching: bool = True,
     max_waiting_requests: int = 1024,
     clock: Callable[[], float] | None = None,

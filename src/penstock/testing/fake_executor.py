@@ -99,6 +99,7 @@ class FakeExecutor:
         self._host = [[_EMPTY] * block_size for _ in range(num_host_blocks)]
         self._known: dict[str, _KnownRequest] = {}
         self._broken: set[str] = set()
+        self._last_void_step = -1
         self._queue: deque[_Handle] = deque()
         self._fail_when = fail_when
         self._error_when = error_when
@@ -154,6 +155,8 @@ class FakeExecutor:
             failure = RuntimeError("a step before this one failed")
         if failure is not None:
             self._broken |= step.num_scheduled_tokens.keys()
+            # What is in flight behind a failed step may copy what that step did not write; nobody looks at its results.
+            self._last_void_step = self.steps[-1].step_id
             raise failure
         output = RunnerOutput(step.step_id)
         for key, num_tokens in step.num_scheduled_tokens.items():
@@ -165,7 +168,8 @@ class FakeExecutor:
             )
             for position in range(start, end):
                 self._slot_write(request, position)
-            self._check_context(key, request, end)
+            if step.step_id > self._last_void_step:
+                self._check_context(key, request, end)
             error = self._error_when(key)
             if error is not None:
                 output.errors[key] = error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -12,8 +13,10 @@ import httpx
 from fastapi import FastAPI
 
 from penstock.core.config import ServerConfig
+from penstock.core.gateway_config import GatewayConfig
 from penstock.serving.gateway.app import create_app
 from penstock.serving.gateway.server import run_async, serve
+from penstock.serving.gateway.services import Services
 from penstock.serving.gateway.state import Gateway
 from penstock.telemetry.recorder import Recorder
 from penstock.testing.fake_client import FakeClient
@@ -24,13 +27,29 @@ _START_TIMEOUT_S = 30
 
 class GatewayServer:
     """A context manager; `url` is valid inside. `client` and `recorder` belong to the server's thread: a test reads them when the
-    server is idle, and changes `client.behavior` between requests."""
+    server is idle, and changes `client.behavior` between requests. Without `settings` there is neither authentication nor a response
+    cache."""
 
-    def __init__(self, config: ServerConfig | None = None, client: FakeClient | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig | None = None,
+        client: FakeClient | None = None,
+        *,
+        settings: GatewayConfig | None = None,
+        services: Callable[[Recorder], Services] | None = None,
+    ) -> None:
         self.config = config if config is not None else ServerConfig(port=0, drain_timeout_s=1)
+        self.settings = settings if settings is not None else GatewayConfig(auth="none", response_cache="off")
         self.client = client if client is not None else FakeClient()
         self.recorder = Recorder()
-        self.app: FastAPI = create_app({MODEL: self.client}, self.config, self.recorder, version="1.2.3")
+        self.app: FastAPI = create_app(
+            {MODEL: self.client},
+            self.config,
+            self.recorder,
+            version="1.2.3",
+            settings=self.settings,
+            services=None if services is None else services(self.recorder),
+        )
         self.url = ""
         self._started: Future[str] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,7 +90,7 @@ class GatewayServer:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        await serve(self.app, self.config, on_started=self._started.set_result, stop=self._stop)
+        await serve(self.app, self.config, self.settings, on_started=self._started.set_result, stop=self._stop)
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.execution.kernels.conftest import usable_instruction_sets
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
@@ -23,6 +22,7 @@ from penstock.execution.attention.torch_paged import TorchPagedAttention
 from penstock.execution.kernels import native
 from penstock.execution.kernels.attention import attention_twin, read_cached
 from penstock.testing.paged_model import make_metadata
+from tests.execution.kernels.conftest import usable_instruction_sets
 
 pytestmark = pytest.mark.skipif(not native.native_available(), reason="no native kernels")
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.execution.kernels.conftest import INSTRUCTION_SETS, usable_instruction_sets
 
 from penstock.execution.kernels import native
+from tests.execution.kernels.conftest import INSTRUCTION_SETS, usable_instruction_sets
 
 PRINT_KERNELS = """
 import torch

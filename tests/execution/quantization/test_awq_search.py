@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.execution.quantization.tiny_layers import read_layer, runner_of
 from torch import Tensor
 
 from penstock.execution.quantization.awq_search import (
@@ -21,6 +20,7 @@ from penstock.execution.quantization.awq_search import (
 )
 from penstock.execution.quantization.calibration import INPUT_GROUPS, collect_statistics
 from penstock.testing.checkpoints import ModelType
+from tests.execution.quantization.tiny_layers import read_layer, runner_of
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -10,13 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.execution.quantization.quantized_checkpoints import (
-    awq_parts,
-    gptq_parts,
-    integer_parts,
-    packed_parts,
-    write_quantized,
-)
 from torch import Tensor
 
 from penstock.core.config import EngineConfig
@@ -28,6 +21,13 @@ from penstock.execution.models.registry import LoadedModel, load_model
 from penstock.execution.models.source import open_source
 from penstock.testing.checkpoints import write_tiny_checkpoint
 from penstock.testing.paged_model import PagedModel
+from tests.execution.quantization.quantized_checkpoints import (
+    awq_parts,
+    gptq_parts,
+    integer_parts,
+    packed_parts,
+    write_quantized,
+)
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 128, "intermediate_size": 256}

@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
+from penstock.core.errors import ModelFormatError
+from penstock.core.gguf_format import TENSOR_TYPES
+from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.quantization import gguf as gguf_module
+from penstock.execution.quantization.gguf import GGUFSource, checkpoint_name
+from penstock.execution.quantization.gguf_blocks import BLOCK_FORMATS
+from penstock.testing.checkpoints import ModelType, write_tiny_checkpoint
 from tests.gguf_files import (
     QuantizationType,
     checkpoint_tensors,
@@ -19,14 +27,6 @@ from tests.gguf_files import (
     tensor_entry,
     write_gguf,
 )
-
-from penstock.core.errors import ModelFormatError
-from penstock.core.gguf_format import TENSOR_TYPES
-from penstock.execution.kernels.quantized import QuantizedTensor
-from penstock.execution.quantization import gguf as gguf_module
-from penstock.execution.quantization.gguf import GGUFSource, checkpoint_name
-from penstock.execution.quantization.gguf_blocks import BLOCK_FORMATS
-from penstock.testing.checkpoints import ModelType, write_tiny_checkpoint
 
 # Bytes of a block at which a float16 starts; random bytes there could be no number.
 HALVES = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.execution.quantization.tiny_layers import rotary_of, runner_of
 from torch import Tensor
 
 from penstock.core.errors import ConfigError, ModelFormatError
@@ -18,6 +17,7 @@ from penstock.execution.quantization.calibration import LINEAR_NAMES, round_acti
 from penstock.execution.quantization.compressed_writer import SafetensorsReader
 from penstock.execution.quantization.quantize import GROUP_SIZES, SCHEMES, Quality, Scheme, quantize_checkpoint
 from penstock.testing.checkpoints import ModelType, write_tiny_checkpoint
+from tests.execution.quantization.tiny_layers import rotary_of, runner_of
 
 
 class Collector:

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from tests.execution.runner.harness import BLOCK_SIZE, CPU, new_request
 
 from penstock.core.errors import IntegrityError
 from penstock.engine.step import CachedRequest
 from penstock.execution.runner.batch import PersistentBatch
+from tests.execution.runner.harness import BLOCK_SIZE, CPU, new_request
 
 
 def _batch(max_slots: int = 4) -> PersistentBatch:

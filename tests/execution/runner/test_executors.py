@@ -7,7 +7,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tests.execution.runner.harness import new_request, solo_tokens
 
 from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError, IntegrityError, ModelFormatError
@@ -18,6 +17,7 @@ from penstock.execution.kernels.native import native_available
 from penstock.execution.models.registry import LoadedModel
 from penstock.execution.runner.executors import UniProcessExecutor
 from penstock.testing.builders import make_request, run_to_end
+from tests.execution.runner.harness import new_request, solo_tokens
 
 GIB = 2**30
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tests.execution.runner.harness import Harness, new_request, solo_logits, solo_tokens
 from torch import Tensor
 
 from penstock.core.errors import IntegrityError
@@ -8,6 +7,7 @@ from penstock.core.types import SamplingParams, TokenLogprobs
 from penstock.engine.step import BlockMove, CachedRequest
 from penstock.execution.models.registry import LoadedModel
 from penstock.execution.runner.model_runner import NO_DISTRIBUTION
+from tests.execution.runner.harness import Harness, new_request, solo_logits, solo_tokens
 
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, frequency_penalty=0.4, min_tokens=4)
 A, B, C = [5, 6, 7, 8, 9], list(range(20, 31)), [100, 101]

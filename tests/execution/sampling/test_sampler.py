@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.execution.sampling.reference_sampler import draw_token, kept_tokens, process, reference_uniform
 from torch import Tensor
 
 from penstock.core.types import SamplingParams
 from penstock.execution.sampling.sampler import SampledRows, Sampler
+from tests.execution.sampling.reference_sampler import draw_token, kept_tokens, process, reference_uniform
 
 CPU = torch.device("cpu")
 EOS = (2,)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.execution.sampling.reference_sampler import kept_tokens
 from torch import Tensor
 
 from penstock.core.types import SamplingParams
 from penstock.execution.sampling.filters import PREFILTER, scale_logits, thresholds
+from tests.execution.sampling.reference_sampler import kept_tokens
 
 
 def _kept(logits: Tensor, rows: list[SamplingParams]) -> list[list[int]]:

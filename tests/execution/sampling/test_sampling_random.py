@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.execution.sampling.reference_sampler import reference_uniform
 
 from penstock.execution.sampling.random import Stream, stream_keys, uniforms
+from tests.execution.sampling.reference_sampler import reference_uniform
 
 GOLDEN = [0.6524484863740322, 0.31064286608234226, 0.4348661829061612, 0.7025630101699437]
 

@@ -69,7 +69,9 @@ def start(drain_timeout_s: float) -> tuple[subprocess.Popen[str], str]:
 def read_stream(url: str, max_tokens: int, began: threading.Event, result: dict[str, Any]) -> None:
     """Consume one stream; `result` gets its text and, when it fails, its error."""
     result["text"] = ""
-    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as api:
+    with openai.OpenAI(
+        base_url=url + "/v1", api_key="none", max_retries=0, default_headers={"Cache-Control": "no-store"}
+    ) as api:
         try:
             for part in api.completions.create(model="m", prompt="abc", max_tokens=max_tokens, stream=True):
                 result["text"] += part.choices[0].text

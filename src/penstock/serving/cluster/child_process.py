@@ -13,15 +13,16 @@ POLL_INTERVAL_S = 0.05
 
 
 class ChildProcess:
-    """Starts `command` at once. Its output goes where ours goes; its standard input is empty; Ctrl-C does not reach it.
+    """Starts `command` at once. Its output goes where ours goes; its standard input is empty; Ctrl-C does not reach it. It inherits the
+    file descriptors `pass_fds`, under the same numbers.
 
     Raises OSError when it cannot be started. `end` must be called, also after the process exited by itself: it reaps the process and
     kills what is left of its group.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
         self._process = subprocess.Popen(  # noqa: S603  the composition root writes the command
-            list(command), stdin=subprocess.DEVNULL, start_new_session=True
+            list(command), stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=tuple(pass_fds)
         )
         self.pid = self._process.pid
         self._ended = False
@@ -61,13 +62,13 @@ class ChildProcess:
         return self._process.wait()
 
 
-def describe_exit(status: int) -> str:
+def describe_exit(status: int, what: str = "the engine process") -> str:
     """An exit status in words."""
     if status >= 0:
-        return f"the engine process exited with status {status}"
+        return f"{what} exited with status {status}"
     try:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
     hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"the engine process was ended by {name}{hint}"
+    return f"{what} was ended by {name}{hint}"

@@ -61,6 +61,8 @@ class AsyncEngine:
     request waits for an engine that starts; `max_parked`: how many may wait so. `pause_limit_s`: after this process stood still for so
     long, what runs is submitted again.
 
+    `on_configured` is called with the limits that an engine's successor will get, whenever they change.
+
     `hello` is the last engine's greeting (None before the first), `engine_starts` counts engines, `finished_requests` requests that
     ended well. Used from one event loop. Call `close` at the end.
     """
@@ -78,6 +80,7 @@ class AsyncEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self.on_hang = on_hang
+        self.on_configured: Callable[[LiveLimits], None] | None = None
         self.hello: Hello | None = None
         self.engine_starts = 0
         self.finished_requests = 0
@@ -127,6 +130,13 @@ class AsyncEngine:
             error = EngineError("The model was changed while this request ran.", code="model_changed")
             for state in list(self._requests.values()):
                 self._end(state, error)
+        if self.tokenizer is not None:
+            model = msgspec.structs.replace(
+                hello.model,
+                tokenizer_hash=self.tokenizer.tokenizer_hash,
+                template_hash=self.tokenizer.template_hash,
+            )
+            hello = msgspec.structs.replace(hello, model=model)
         self.hello = hello
         self.engine_starts += 1
         self._gone = None
@@ -211,7 +221,13 @@ class AsyncEngine:
         in_force = await self._link.configure(limits)
         wanted = {name: value for name, value in msgspec.structs.asdict(limits).items() if value is not None}
         self._limits = msgspec.structs.replace(self._limits, **wanted)
+        if wanted and self.on_configured is not None:
+            self.on_configured(self._limits)
         return in_force
+
+    def remember_limits(self, limits: LiveLimits) -> None:
+        """Limits that another client of the same engine has set: its successor gets them from us too."""
+        self._limits = limits
 
     async def stats(self) -> EngineStats | None:
         current = None if self._link is None else self._link.stats

@@ -33,7 +33,8 @@ Prompt = TextPrompt | TokensPrompt | ChatPrompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One generation, parsed and checked. `request_id` is ours. `timeout_s` bounds the whole generation."""
+    """One generation, parsed and checked. `request_id` is ours. `timeout_s` bounds the whole generation, `queue_timeout_s` the wait before
+    the engine begins with it: then it ends with OverloadedError. `weight`: the tenant's share of a busy engine."""
 
     request_id: str
     prompt: Prompt
@@ -43,6 +44,7 @@ class GenerationRequest:
     weight: float = 1.0
     cache_salt: str = ""
     timeout_s: float | None = None
+    queue_timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class RequestState:
             weight=self.request.weight,
             cache_salt=self.request.cache_salt,
             timeout_s=None if self.deadline is None else max(self.deadline - now, 0.001),
+            # Whoever has seen output is not told after a crash that the queue is too long.
+            queue_timeout_s=None if self.started else self.request.queue_timeout_s,
         )
 
     def accept(self, delta: TokenDelta) -> bool:

@@ -29,8 +29,7 @@ def set_context(scope: Scope, context: RequestContext) -> None:
 
 def context_of(scope: Scope) -> RequestContext:
     """The context of a request; one with an empty id where no middleware made one (tests of single parts)."""
-    context = scope.get(_KEY)
+    context: RequestContext | None = scope.get(_KEY)
     if context is None:
         context = scope[_KEY] = RequestContext("")
-    assert isinstance(context, RequestContext)
     return context

@@ -16,13 +16,24 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from penstock.core.errors import AbortedError, EngineError, ErrorInfo, OverloadedError, RequestError
+from penstock.core.errors import (
+    AbortedError,
+    AuthenticationError,
+    EngineError,
+    ErrorInfo,
+    OverloadedError,
+    RateLimitError,
+    RequestError,
+    StoreUnavailableError,
+)
 from penstock.core.log import current_request_id, one_line
 from penstock.serving.gateway.schemas.responses import ErrorBody, ErrorObject
 
 logger = logging.getLogger(__name__)
 
 _MAX_PATH_SHOWN = 128
+# A store that is away is probed twice a second.
+_STORE_RETRY_S = 1.0
 
 
 def error_body(info: ErrorInfo) -> bytes:
@@ -55,10 +66,24 @@ def _generic_message() -> str:
 
 
 def retry_headers(error: RequestError) -> dict[str, str] | None:
-    """Retry-After in whole seconds, for errors that a retry can cure."""
-    if isinstance(error, OverloadedError):
-        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
-    return None
+    """What a client needs to know besides the body: after how long a retry can help (whole seconds, rounded up, and the exact
+    milliseconds that OpenAI's clients read), and how to prove who it is."""
+    if isinstance(error, AuthenticationError):
+        return {"WWW-Authenticate": "Bearer"}
+    headers: dict[str, str] = {}
+    if isinstance(error, RateLimitError):
+        headers = {name.decode(): value.decode() for name, value in error.headers.items()}
+    seconds: float | None = None
+    if isinstance(error, OverloadedError | RateLimitError):
+        seconds = error.retry_after_s
+    elif isinstance(error, StoreUnavailableError):
+        seconds = _STORE_RETRY_S
+    if seconds is None:
+        return headers or None
+    if seconds <= 0:
+        # When nobody knows: not at once.
+        seconds = 1.0
+    return headers | {"Retry-After": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
 async def render_request_error(scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:

@@ -9,8 +9,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from penstock.serving.gateway.routes import chat, completions, limits, tokens
-from penstock.serving.gateway.schemas import responses
+from penstock.serving.gateway.generation import chat, completions
+from penstock.serving.gateway.routes import limits, tokens
+from penstock.serving.gateway.schemas import admin, responses
 from penstock.serving.gateway.schemas.base import RequestModel
 from penstock.serving.gateway.schemas.chat import ChatBody
 from penstock.serving.gateway.schemas.completions import CompletionBody
@@ -24,6 +25,9 @@ _REQUESTS: dict[tuple[str, str], type[RequestModel]] = {
     (tokens.TOKENIZE_PATH, "post"): TokenizeBody,
     (tokens.DETOKENIZE_PATH, "post"): DetokenizeBody,
     (limits.PATH, "patch"): LimitsBody,
+    ("/admin/keys", "post"): admin.CreateKeyBody,
+    ("/admin/keys/{key_id}/rotate", "post"): admin.RotateKeyBody,
+    ("/admin/tenants/{name}", "put"): admin.TenantBody,
 }
 _RESPONSES: dict[tuple[str, str], type[msgspec.Struct]] = {
     (completions.PATH, "post"): responses.Completion,
@@ -38,6 +42,14 @@ _RESPONSES: dict[tuple[str, str], type[msgspec.Struct]] = {
     ("/health/live", "get"): responses.Status,
     ("/health/ready", "get"): responses.Status,
     ("/version", "get"): responses.Version,
+    ("/admin/keys", "post"): admin.KeyObject,
+    ("/admin/keys", "get"): admin.KeyList,
+    ("/admin/keys/{key_id}", "get"): admin.KeyObject,
+    ("/admin/keys/{key_id}", "delete"): admin.KeyObject,
+    ("/admin/keys/{key_id}/rotate", "post"): admin.KeyObject,
+    ("/admin/tenants", "get"): admin.TenantList,
+    ("/admin/tenants/{name}", "get"): admin.TenantObject,
+    ("/admin/tenants/{name}", "put"): admin.TenantObject,
 }
 _STREAMS: dict[str, type[msgspec.Struct]] = {completions.PATH: responses.Completion, chat.PATH: responses.ChatChunk}
 
@@ -46,10 +58,13 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document; made once, when first asked for."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        # A server without accounts has no admin routes, and then no words for them.
+        requests = [model for (path, _), model in _REQUESTS.items() if path in schema["paths"]]
         _, definitions = models_json_schema(
-            [(model, "validation") for model in _REQUESTS.values()], ref_template=_REF + "{model}"
+            [(model, "validation") for model in requests], ref_template=_REF + "{model}"
         )
-        structs = {*_RESPONSES.values(), *_STREAMS.values(), responses.ErrorBody}
+        answered = {struct for (path, _), struct in _RESPONSES.items() if path in schema["paths"]}
+        structs = {*answered, *_STREAMS.values(), responses.ErrorBody}
         _, answers = msgspec.json.schema_components(
             sorted(structs, key=lambda s: s.__name__), ref_template=_REF + "{name}"
         )

@@ -118,6 +118,12 @@ def engine_options(function: Function) -> Function:
     "--timeout", "timeout_s", default=600.0, show_default=True, help="Give a request up after this many seconds."
 )
 @click.option("--api-key", envvar="PENSTOCK_API_KEY", help="Bearer token (also PENSTOCK_API_KEY).")
+@click.option(
+    "--response-cache/--no-response-cache",
+    default=False,
+    show_default=True,
+    help="Let a gateway answer from its response cache; otherwise requests say Cache-Control: no-store.",
+)
 @workload_options
 def serve(**values: Any) -> int:
     """Load an OpenAI-compatible server and report TTFT, ITL, TPOT, E2E, throughput and goodput."""
@@ -222,6 +228,7 @@ async def _target(values: dict[str, Any]) -> Target:
         temperature=values["temperature"],
         timeout_s=values["timeout_s"],
         extra_body=extra_body,
+        response_cache=values["response_cache"],
     )
     if target.model:
         return target

@@ -35,6 +35,7 @@ class Target:
     temperature: float = 0.0
     timeout_s: float = 600.0
     extra_body: dict[str, Any] = field(default_factory=dict)
+    response_cache: bool = False
 
     def __post_init__(self) -> None:
         _split_url(self.url)
@@ -151,6 +152,9 @@ class Client:
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
         ]
+        if not self.target.response_cache:
+            # Deterministic requests would be answered from a gateway's response cache, and nothing would be measured.
+            lines.append("Cache-Control: no-store")
         if self.target.api_key:
             lines.append(f"Authorization: Bearer {self.target.api_key}")
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body

@@ -8,6 +8,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.log import one_line
+from penstock.serving.gateway.context import context_of
 from penstock.telemetry import metrics
 from penstock.telemetry.recorder import Recorder
 
@@ -17,6 +18,8 @@ _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"
 _QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _MAX_PATH_SHOWN = 256
 UNMATCHED = "unmatched"
+# Seconds from the head of the request to the head of the response.
+LATENCY_HEADER = b"x-request-latency"
 
 
 class AccessMiddleware:
@@ -37,6 +40,8 @@ class AccessMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                latency = f"{time.perf_counter() - started:.6f}s".encode()
+                message["headers"] = [*message.get("headers", ()), (LATENCY_HEADER, latency)]
             await send(message)
 
         self.recorder.increment(metrics.HTTP_IN_FLIGHT)
@@ -47,7 +52,7 @@ class AccessMiddleware:
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", UNMATCHED)
+        route = context_of(scope).route or str(getattr(scope.get("route"), "path", UNMATCHED))
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self.recorder.increment(metrics.HTTP_REQUESTS, route, method, f"{status // 100}xx")
         self.recorder.observe(metrics.HTTP_REQUEST_SECONDS, seconds, route)

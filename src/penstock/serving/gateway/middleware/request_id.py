@@ -1,4 +1,5 @@
-"""X-Request-Id: the client's if it is printable ASCII of at most 128 characters, ours otherwise; returned, and in every log line.
+"""The request's context, and X-Request-Id: the client's if it is printable ASCII of at most 128 characters, ours otherwise; returned,
+and in every log line.
 
 It is a label for people. Nothing inside uses it as a key.
 """
@@ -11,30 +12,35 @@ import secrets
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.log import request_id_scope
+from penstock.serving.gateway.context import RequestContext, set_context
 
 HEADER = b"x-request-id"
 _ACCEPTED = re.compile(rb"[!-~]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Sets the request id of everything that happens inside."""
+    """Makes the RequestContext of a request, sets the request id of everything that happens inside, and adds the context's headers to
+    whatever answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         request_id = choose_request_id(scope["headers"])
+        context = RequestContext(request_id)
+        set_context(scope, context)
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (HEADER, request_id.encode())]
+                own = context.response_headers.items()
+                message["headers"] = [*message.get("headers", ()), *own, (HEADER, request_id.encode())]
             await send(message)
 
         with request_id_scope(request_id):
-            await self.app(scope, receive, send_with_id)
+            await self.app(scope, receive, send_with_headers)
 
 
 def choose_request_id(headers: list[tuple[bytes, bytes]]) -> str:

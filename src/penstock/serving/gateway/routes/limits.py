@@ -1,11 +1,11 @@
 """GET and PATCH /v1/engine/limits: the live limits of an engine, below the ceiling fixed at its start.
 
-Changing them is for the machine's own administrator: PATCH is refused unless the server listens on a loopback address only.
+Changing them is for administrators: an identity with the role admin, or, on a server without authentication, whoever reaches its
+loopback address.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 
 from fastapi import FastAPI, Request
@@ -13,10 +13,13 @@ from starlette.responses import Response
 
 from penstock.core.errors import PermissionDeniedError
 from penstock.core.types import LiveLimits
+from penstock.serving.gateway.answers import json_response
 from penstock.serving.gateway.body import read_object
-from penstock.serving.gateway.routes.generation import json_response
+from penstock.serving.gateway.context import context_of
+from penstock.serving.gateway.identity import Identity
 from penstock.serving.gateway.schemas import responses
 from penstock.serving.gateway.schemas.other import LimitsBody
+from penstock.serving.gateway.security.addresses import is_loopback
 from penstock.serving.gateway.state import Gateway
 
 logger = logging.getLogger(__name__)
@@ -26,14 +29,13 @@ PATH = "/v1/engine/limits"
 
 def add_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get(PATH, response_model=None, summary="The live limits in force.", tags=["operations"])
-    async def get_limits(model: str | None = None) -> Response:
-        name, client = gateway.resolve(model)
+    async def get_limits(request: Request, model: str | None = None) -> Response:
+        name, client = gateway.resolve(model, context_of(request.scope).identity)
         return _render(name, await client.configure(LiveLimits()))
 
     @app.patch(PATH, response_model=None, summary="Change live limits.", tags=["operations"])
     async def change_limits(request: Request) -> Response:
-        if not is_loopback(gateway.config.host):
-            raise PermissionDeniedError("Limits can be changed only while the server listens on a loopback address.")
+        _check_admin(gateway, context_of(request.scope).identity)
         body = LimitsBody.parse(await read_object(request))
         name, client = gateway.resolve(body.model)
         limits = await client.configure(body.limits())
@@ -41,14 +43,14 @@ def add_routes(app: FastAPI, gateway: Gateway) -> None:
         return _render(name, limits)
 
 
-def is_loopback(host: str) -> bool:
-    """True for an address that only this machine can reach."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _check_admin(gateway: Gateway, identity: Identity) -> None:
+    if identity.method == "none":
+        if not is_loopback(gateway.config.host):
+            raise PermissionDeniedError(
+                "Without authentication, limits can be changed only while the server listens on a loopback address."
+            )
+    elif identity.role != "admin":
+        raise PermissionDeniedError("Limits can be changed only with an admin key.")
 
 
 def _render(model: str, limits: LiveLimits) -> Response:

@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from penstock.core.errors import ErrorInfo
 from penstock.serving.frontend.client import EngineClient
+from penstock.serving.gateway.answers import json_response
 from penstock.serving.gateway.errors import error_response
-from penstock.serving.gateway.routes.generation import json_response
 from penstock.serving.gateway.schemas.responses import Status, Version
 from penstock.serving.gateway.state import Gateway
 from penstock.telemetry.exporter import CONTENT_TYPE, EngineSample, render
@@ -29,17 +29,25 @@ def add_routes(app: FastAPI, gateway: Gateway) -> None:
     async def ready() -> Response:
         reason = gateway.unready()
         if reason:
+            if gateway.settings.auth_methods:
+                # Anybody may ask; names of models and reasons are in the log and in the metrics.
+                reason = "The server is not ready."
             return error_response(ErrorInfo(message=reason, status=503, type="unavailable_error", code="not_ready"))
         return json_response(Status("ready"))
 
     @app.get("/metrics", response_model=None, summary="Prometheus metrics.", tags=["operations"])
     async def metrics() -> Response:
-        engines = [await _sample(name, client) for name, client in gateway.clients.items()]
-        return Response(render(gateway.recorder, engines), media_type=CONTENT_TYPE)
+        return Response(await metrics_page(gateway), media_type=CONTENT_TYPE)
 
     @app.get("/version", response_model=None, summary="Version of the server.", tags=["operations"])
     async def version() -> Response:
         return json_response(Version(gateway.version))
+
+
+async def metrics_page(gateway: Gateway) -> bytes:
+    """What /metrics answers with: all gateway processes as one, and each engine once."""
+    recorder = gateway.recorder if gateway.scrape is None else await gateway.scrape()
+    return render(recorder, [await _sample(name, client) for name, client in gateway.clients.items()])
 
 
 async def _sample(name: str, client: EngineClient) -> EngineSample:

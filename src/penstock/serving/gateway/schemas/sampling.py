@@ -28,6 +28,7 @@ from penstock.serving.gateway.schemas.base import MAX_TOKEN_ID, ModelName, Reque
 
 MAX_TOKENS = 2**31 - 1
 MAX_CACHE_SALT = 1024
+MAX_CACHE_TTL_S = 86_400
 # OpenAI allows 0, which leaves only the most likely token; so does any value this small.
 _SMALLEST_TOP_P = 1e-6
 _TOKEN_ID_KEY = re.compile("[0-9]{1,10}")
@@ -100,6 +101,16 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool = False
 
 
+class CacheOptions(RequestModel):
+    """Wishes to the response cache. `use`: true takes part though the answer is sampled, false does not although it is deterministic.
+    `ttl`: seconds that the answer is kept."""
+
+    use: bool | None = None
+    ttl: Annotated[float, Field(gt=0, le=MAX_CACHE_TTL_S)] | None = None
+    no_store: bool = False
+    no_cache: bool = False
+
+
 class GenerationBody(RequestModel):
     """What a completion and a chat completion have in common."""
 
@@ -128,7 +139,9 @@ class GenerationBody(RequestModel):
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    timeout: Annotated[float, Field(gt=0, description="Longest time for the whole answer, in seconds.")] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)] | None = None
+    cache: CacheOptions | None = None
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

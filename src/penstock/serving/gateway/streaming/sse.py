@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -23,11 +24,10 @@ from starlette.types import Receive, Scope, Send
 
 from penstock.core.errors import AbortedError, RequestError
 from penstock.serving.gateway.errors import as_request_error, error_body
-from penstock.serving.gateway.measure import Measurement
 from penstock.serving.gateway.results import News, Tally
 from penstock.serving.gateway.schemas.responses import Usage
-from penstock.serving.gateway.streaming.delta_stream import DeltaStream
 from penstock.serving.gateway.streaming.disconnect import while_connected
+from penstock.serving.gateway.streaming.news_stream import NewsStream
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,15 @@ class ChunkRenderer(Protocol):
 
 
 class SseResponse(Response):
-    """Streams one request. `timeout_s` bounds all of it."""
+    """Streams one request. `timeout_s` bounds all of it. `books` surrounds the generation and sees its error; `on_start` is called
+    right before the head of the response leaves."""
 
     def __init__(
         self,
         *,
-        open_stream: Callable[[], DeltaStream],
-        measurement: Measurement,
+        open_stream: Callable[[], NewsStream],
+        on_start: Callable[[], None],
+        books: AbstractContextManager[object],
         tally: Tally,
         renderer: ChunkRenderer,
         include_usage: bool,
@@ -74,7 +76,8 @@ class SseResponse(Response):
     ) -> None:
         super().__init__(media_type="text/event-stream")
         self._open_stream = open_stream
-        self._measurement = measurement
+        self._on_start = on_start
+        self._books = books
         self._tally = tally
         self._renderer = renderer
         self._include_usage = include_usage
@@ -88,11 +91,12 @@ class SseResponse(Response):
         async def write(data: bytes) -> None:
             if not self._started:
                 self._started = True
+                self._on_start()
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         try:
-            with self._measurement:
+            with self._books:
                 async with asyncio.timeout(self._timeout_s + _STALLED_CLIENT_GRACE_S):
                     await while_connected(receive, self._run(write))
         except RequestError as error:
@@ -115,7 +119,7 @@ class SseResponse(Response):
             end = _event(self._renderer.usage_chunk(self._tally.usage()))
         await write(end + DONE)
 
-    async def _pump(self, stream: DeltaStream, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _pump(self, stream: NewsStream, write: Callable[[bytes], Awaitable[None]]) -> None:
         now = asyncio.get_running_loop().time
         seen: set[tuple[int, int]] = set()
         next_event_at = 0.0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
 from msgspec import UNSET, UnsetType
-from starlette.responses import Response
 
 from penstock.serving.gateway import logprobs as lp
-from penstock.serving.gateway.body import read_object
+from penstock.serving.gateway.generation.call import Call, Kind
 from penstock.serving.gateway.results import News, Piece, PromptFacts, merge, prompt_facts
-from penstock.serving.gateway.routes.generation import Job, answer, make_job
 from penstock.serving.gateway.schemas.chat import ChatBody
 from penstock.serving.gateway.schemas.responses import (
     ChatChoice,
@@ -24,30 +22,20 @@ from penstock.serving.gateway.schemas.responses import (
     ChatMessage,
     Usage,
 )
-from penstock.serving.gateway.state import Gateway
 
 PATH = "/v1/chat/completions"
-
-
-def add_routes(app: FastAPI, gateway: Gateway) -> None:
-    @app.post(PATH, response_model=None, summary="Answer a conversation.", tags=["generation"])
-    async def create_chat_completion(request: Request) -> Response:
-        body = ChatBody.parse(await read_object(request))
-        body.check()
-        job = make_job(gateway, body, [body.prompt()], body.sampling(), "chatcmpl")
-        return await answer(gateway, request, job, ChatRenderer(job, body))
 
 
 class ChatRenderer:
     """Chat completion objects of one request. A choice's first chunk carries the role."""
 
-    def __init__(self, job: Job, body: ChatBody) -> None:
-        self._job = job
+    def __init__(self, call: Call, body: ChatBody) -> None:
+        self._call = call
         self._body = body
         self._begun: set[int] = set()
 
     async def whole(self, pieces: Sequence[Piece], facts: dict[int, PromptFacts], usage: Usage) -> msgspec.Struct:
-        job = self._job
+        call = self._call
         choices = [
             ChatChoice(
                 piece.index,
@@ -59,7 +47,7 @@ class ChatRenderer:
             )
             for piece in pieces
         ]
-        completion = ChatCompletion(job.id, "chat.completion", job.created, job.model, choices, usage)
+        completion = ChatCompletion(call.id, "chat.completion", call.created, call.model, choices, usage)
         prompt = facts.get(0)
         if prompt is not None and self._body.return_token_ids:
             completion.prompt_token_ids = prompt.token_ids
@@ -72,7 +60,7 @@ class ChatRenderer:
         shown = UNSET if usage is None and not self._body.include_usage else usage
         facts = prompt_facts(news)
         chunks: list[ChatChunk] = []
-        for piece in merge(news, self._job.sampling.n):
+        for piece in merge(news, self._call.sampling.n):
             if piece.index not in self._begun:
                 self._begun.add(piece.index)
                 role = ChatDelta(content="", role="assistant")
@@ -95,11 +83,28 @@ class ChatRenderer:
         return self._chunk([], usage)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
-        job = self._job
-        return ChatChunk(job.id, "chat.completion.chunk", job.created, job.model, choices, usage)
+        call = self._call
+        return ChatChunk(call.id, "chat.completion.chunk", call.created, call.model, choices, usage)
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         return lp.chat_logprobs(piece.logprobs) if self._body.logprobs else None
 
     def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
         return piece.token_ids if self._body.return_token_ids else UNSET
+
+
+def _checked(data: dict[str, Any]) -> ChatBody:
+    body = ChatBody.parse(data)
+    body.check()
+    return body
+
+
+CHAT = Kind(
+    name="chat",
+    path=PATH,
+    id_prefix="chatcmpl",
+    parse=_checked,
+    prompts=lambda body: [body.prompt()],
+    sampling=ChatBody.sampling,
+    renderer=ChatRenderer,
+)

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
 from msgspec import UNSET, UnsetType
-from starlette.responses import Response
 
 from penstock.serving.gateway import logprobs as lp
-from penstock.serving.gateway.body import read_object
+from penstock.serving.gateway.generation.call import Call, Kind
 from penstock.serving.gateway.results import News, Piece, PromptFacts, merge, prompt_facts
-from penstock.serving.gateway.routes.generation import Job, answer, make_job
 from penstock.serving.gateway.schemas.completions import CompletionBody
 from penstock.serving.gateway.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
-from penstock.serving.gateway.state import Gateway
 
 PATH = "/v1/completions"
-
-
-def add_routes(app: FastAPI, gateway: Gateway) -> None:
-    @app.post(PATH, response_model=None, summary="Continue a text.", tags=["generation"])
-    async def create_completion(request: Request) -> Response:
-        body = CompletionBody.parse(await read_object(request))
-        body.check()
-        job = make_job(gateway, body, body.prompts(), body.sampling(), "cmpl")
-        return await answer(gateway, request, job, CompletionRenderer(job, body))
 
 
 class CompletionRenderer:
     """Completion objects of one request. `echo` puts the prompt in front of every sample's text and, with `logprobs`, the prompt's
     tokens in front of the sample's."""
 
-    def __init__(self, job: Job, body: CompletionBody) -> None:
-        self._job = job
+    def __init__(self, call: Call, body: CompletionBody) -> None:
+        self._call = call
         self._body = body
         self._facts: dict[int, PromptFacts] = {}
         self._echoes: dict[int, str] = {}
@@ -55,7 +43,7 @@ class CompletionRenderer:
         shown = UNSET if usage is None and not self._body.include_usage else usage
         return [
             self._object([await self._choice(piece, whole=False)], shown)
-            for piece in merge(ready, self._job.sampling.n)
+            for piece in merge(ready, self._call.sampling.n)
         ]
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
@@ -90,7 +78,7 @@ class CompletionRenderer:
         """The prompt as text."""
         if prompt not in self._echoes:
             given = self._body.prompt[prompt]
-            self._echoes[prompt] = given if isinstance(given, str) else await self._job.client.detokenize(given)
+            self._echoes[prompt] = given if isinstance(given, str) else await self._call.client.detokenize(given)
         return self._echoes[prompt]
 
     def _logprobs(self, piece: Piece, echo: str, *, first: bool) -> CompletionLogprobs | None:
@@ -107,5 +95,22 @@ class CompletionRenderer:
         return shape
 
     def _object(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        job = self._job
-        return Completion(job.id, "text_completion", job.created, job.model, choices, usage)
+        call = self._call
+        return Completion(call.id, "text_completion", call.created, call.model, choices, usage)
+
+
+def _checked(data: dict[str, Any]) -> CompletionBody:
+    body = CompletionBody.parse(data)
+    body.check()
+    return body
+
+
+COMPLETIONS = Kind(
+    name="completions",
+    path=PATH,
+    id_prefix="cmpl",
+    parse=_checked,
+    prompts=lambda body: body.prompts(),
+    sampling=CompletionBody.sampling,
+    renderer=CompletionRenderer,
+)

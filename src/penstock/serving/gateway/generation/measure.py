@@ -15,6 +15,7 @@ from penstock.core.errors import (
     OverloadedError,
 )
 from penstock.serving.frontend.client import Delta
+from penstock.serving.gateway.cache.interface import CacheOutcome
 from penstock.serving.gateway.results import Tally
 from penstock.serving.gateway.state import Gateway
 from penstock.telemetry import metrics
@@ -30,10 +31,14 @@ _OUTCOMES: tuple[tuple[type[BaseException], Outcome], ...] = (
 
 
 class Measurement(AbstractContextManager["Measurement"]):
-    """Surrounds one generation; an exception that leaves the block decides the outcome. Time starts at construction."""
+    """Surrounds one generation; an exception that leaves the block decides the outcome. Time starts at construction.
 
-    def __init__(self, gateway: Gateway, model: str, tally: Tally) -> None:
+    An answer `from_cache` has a histogram of its own: its times say nothing about an engine.
+    """
+
+    def __init__(self, gateway: Gateway, model: str, tally: Tally, *, from_cache: bool) -> None:
         self._gateway = gateway
+        self._from_cache = from_cache
         self._recorder = gateway.recorder
         self._model = model
         self._tally = tally
@@ -46,8 +51,14 @@ class Measurement(AbstractContextManager["Measurement"]):
         self._recorder.increment(metrics.REQUESTS_IN_FLIGHT, self._model)
         return self
 
+    def cache_outcome(self, outcome: CacheOutcome) -> None:
+        """Count what the response cache did for this request."""
+        self._recorder.increment(metrics.CACHE_LOOKUPS, self._model, outcome)
+
     def on_delta(self, prompt: int, delta: Delta) -> None:
         """Note a delta at the moment of its arrival."""
+        if self._from_cache:
+            return
         if delta.queue_time_s is not None:
             self._recorder.observe(metrics.QUEUE_SECONDS, delta.queue_time_s, self._model)
         count = len(delta.token_ids)
@@ -74,7 +85,8 @@ class Measurement(AbstractContextManager["Measurement"]):
         recorder.increment(metrics.CACHED_PROMPT_TOKENS, model, by=usage.prompt_tokens_details.cached_tokens)
         recorder.increment(metrics.GENERATION_TOKENS, model, by=usage.completion_tokens)
         if error is None:
-            recorder.observe(metrics.REQUEST_SECONDS, time.perf_counter() - self._started, model)
+            seconds = metrics.CACHE_HIT_SECONDS if self._from_cache else metrics.REQUEST_SECONDS
+            recorder.observe(seconds, time.perf_counter() - self._started, model)
             recorder.observe(metrics.REQUEST_PROMPT_TOKENS, usage.prompt_tokens, model)
             recorder.observe(metrics.REQUEST_GENERATION_TOKENS, usage.completion_tokens, model)
 
