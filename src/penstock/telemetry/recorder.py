@@ -26,7 +26,12 @@ class Recorder:
 
     def increment(self, metric: Metric, *labels: str, by: float = 1) -> None:
         """Add to a counter (or move a gauge)."""
-        series = self._values.setdefault(metric, {})
+        series = self._values.get(metric)
+        if series is None:
+            series = self._values[metric] = {}
+        elif labels in series:
+            series[labels] += by
+            return
         key = _series_key(metric, series, labels)
         series[key] = series.get(key, 0) + by
 
@@ -37,11 +42,15 @@ class Recorder:
 
     def observe(self, metric: Metric, value: float, *labels: str, count: int = 1) -> None:
         """Count `value` in a histogram, `count` times."""
-        series = self._histograms.setdefault(metric, {})
-        key = _series_key(metric, series, labels)
-        histogram = series.get(key)
+        series = self._histograms.get(metric)
+        if series is None:
+            series = self._histograms[metric] = {}
+        histogram = series.get(labels)
         if histogram is None:
-            histogram = series[key] = Histogram(metric.buckets)
+            key = _series_key(metric, series, labels)
+            histogram = series.get(key)
+            if histogram is None:
+                histogram = series[key] = Histogram(metric.buckets)
         histogram.observe(value, count)
 
     def add_counts(self, metric: Metric, counts: Sequence[int], total: float, *labels: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from fastapi import Request
-from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
 from penstock.core.errors import AbortedError, InvalidRequestError
 
@@ -14,17 +15,25 @@ _MAX_TYPE_SHOWN = 64
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises InvalidRequestError, and AbortedError when the client leaves while sending.
+    """The body as a JSON object; see `read_body`."""
+    return decode_object(await read_body(request.scope, request.receive))
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """The body. Raises InvalidRequestError, and AbortedError when the client leaves while sending.
 
     The size limit is the middleware's. The content type must be JSON: other types are what a foreign web page can send to a server on
     this machine without the browser asking first.
     """
-    _check_headers(request)
-    try:
-        raw = await request.body()
-    except ClientDisconnect:
-        raise AbortedError("The client went away.") from None
-    return decode_object(raw)
+    _check_headers(scope["headers"])
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise AbortedError("The client went away.")
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
@@ -44,8 +53,22 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     return data
 
 
-def _check_headers(request: Request) -> None:
-    content_types = request.headers.getlist("content-type")
+def _check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    content_types = []
+    encoding = b"identity"
+    for name, value in headers:
+        if name == b"content-type":
+            content_types.append(value)
+        elif name == b"content-encoding":
+            encoding = value.lower()
+    if content_types != [b"application/json"]:
+        _check_content_type([value.decode("latin-1") for value in content_types])
+    if encoding != b"identity":
+        shown = encoding[:_MAX_TYPE_SHOWN].decode("latin-1")
+        raise _invalid(f"Content-Encoding {shown!r} is not supported; send the body plain.")
+
+
+def _check_content_type(content_types: list[str]) -> None:
     if len(content_types) > 1:
         raise _invalid("There is more than one Content-Type header.")
     media_type, _, parameters = (content_types[0] if content_types else "").partition(";")
@@ -54,9 +77,6 @@ def _check_headers(request: Request) -> None:
     charset = parameters.strip().lower().replace('"', "")
     if charset.startswith("charset=") and charset not in ("charset=utf-8", "charset=utf8"):
         raise _invalid("The body must be UTF-8.")
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity":
-        raise _invalid(f"Content-Encoding {encoding[:_MAX_TYPE_SHOWN]!r} is not supported; send the body plain.")
 
 
 def _refuse_nul(data: dict[str, Any]) -> None:

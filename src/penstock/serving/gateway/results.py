@@ -54,12 +54,20 @@ class Tally:
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._outputs: dict[tuple[int, int], int] = {}
+        self._usage: Usage | None = None
 
     def add(self, prompt: int, delta: Delta) -> None:
         self._prompts[prompt] = (delta.num_prompt_tokens, delta.num_cached_tokens)
         self._outputs[prompt, delta.index] = delta.num_output_tokens
+        self._usage = None
 
     def usage(self) -> Usage:
+        """What was used until now."""
+        if self._usage is None:
+            self._usage = self._sum()
+        return self._usage
+
+    def _sum(self) -> Usage:
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
         cached = sum(cached for _, cached in self._prompts.values())
         completion_tokens = sum(self._outputs.values())

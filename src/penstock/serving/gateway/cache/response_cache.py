@@ -43,6 +43,26 @@ class AnswerStore(CacheStore, Protocol):
     def put_nowait(self, key: str, entry: Entry, ttl_s: float) -> None: ...
 
 
+class KeyMemo:
+    """The last key that was made for one body."""
+
+    __slots__ = ("_info", "_model_name", "_tenant", "key")
+
+    def __init__(self) -> None:
+        self._info: ModelInfo | None = None
+        self._tenant: str | None = None
+        self._model_name = ""
+        self.key = ""
+
+    def is_for(self, info: ModelInfo, tenant: str | None, model_name: str) -> bool:
+        """Whether `key` is that of this model and tenant. The engine's ModelInfo is one object for as long as it runs."""
+        return self._info is info and self._tenant == tenant and self._model_name == model_name
+
+    def note(self, info: ModelInfo, tenant: str | None, model_name: str, key: str) -> None:
+        """Remember."""
+        self._info, self._tenant, self._model_name, self.key = info, tenant, model_name, key
+
+
 class ResponseCache:
     """`store` None: nothing is kept and nothing is shared. `clock`: Unix time. Owns what it is given and closes it."""
 
@@ -79,14 +99,18 @@ class ResponseCache:
         cache_salt: str,
         headers: Iterable[tuple[bytes, bytes]],
         body_cache: CacheOptions | None,
+        memo: KeyMemo | None = None,
     ) -> Plan:
         """What the cache does for this request; nothing while the model is not known (`info` None). `headers` are ASGI's,
-        `body_cache` is the body's `cache`."""
+        `body_cache` is the body's `cache`. `memo` belongs to this endpoint and to a body with these prompts, sampling and salt."""
         if info is None or self._store is None:
             return Plan(None, only_if_cached=parse_cache_control(headers).only_if_cached)
         tenant = None if self._config.response_cache_shared else identity.tenant
-        return make_plan(
-            lambda: request_key(
+
+        def make_key() -> str:
+            if memo is not None and memo.is_for(info, tenant, model_name):
+                return memo.key
+            key = request_key(
                 version=self._version,
                 model_name=model_name,
                 info=info,
@@ -95,13 +119,19 @@ class ResponseCache:
                 sampling=sampling,
                 cache_salt=cache_salt,
                 tenant=tenant,
-            ),
+            )
+            if memo is not None:
+                memo.note(info, tenant, model_name, key)
+            return key
+
+        return make_plan(
+            make_key,
+            model=info,
             sampling=sampling,
             client_seed=client_seed,
             headers=headers,
             options=body_cache,
             default_ttl_s=self._config.response_cache_ttl_s,
-            model=info,
         )
 
     async def lookup(self, plan: Plan) -> Entry | None:

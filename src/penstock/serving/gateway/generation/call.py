@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,18 +82,24 @@ class Kind(Generic[Body]):
 
 
 def make_call(
-    gateway: Gateway, kind: Kind[Body], body: Body, identity: Identity, headers: Sequence[tuple[bytes, bytes]]
+    gateway: Gateway,
+    call_id: str,
+    body: GenerationBody,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    identity: Identity,
+    headers: Sequence[tuple[bytes, bytes]],
 ) -> Call:
     """Raises NotFoundError for a model that does not exist or may not be used, InvalidRequestError for a time-out that is none."""
     model, client = gateway.resolve(body.model, identity)
     return Call(
-        id=f"{kind.id_prefix}-{secrets.token_hex(16)}",
+        id=call_id,
         created=int(time.time()),
         model=model,
         client=client,
         identity=identity,
-        prompts=kind.prompts(body),
-        sampling=kind.sampling(body),
+        prompts=prompts,
+        sampling=sampling,
         body=body,
         timeout_s=_timeout(gateway.config.request_timeout_s, body.timeout, headers),
         queue_timeout_s=gateway.settings.max_queue_wait_s,

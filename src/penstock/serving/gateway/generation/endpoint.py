@@ -14,22 +14,24 @@ from contextlib import ExitStack
 from typing import Generic
 
 import msgspec
-from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from penstock.core.errors import EngineDeadError
+from penstock.core.ids import RandomIds
 from penstock.core.types import ModelInfo
 from penstock.serving.frontend.client import Delta, EngineClient
 from penstock.serving.gateway.admission import AdmissionSlot
-from penstock.serving.gateway.body import read_object
+from penstock.serving.gateway.body import read_body
 from penstock.serving.gateway.cache.interface import Entry
 from penstock.serving.gateway.cache.policy import Plan
 from penstock.serving.gateway.cache.replay import ReplayStream
+from penstock.serving.gateway.cache.response_cache import KeyMemo
 from penstock.serving.gateway.context import RequestContext, context_of
 from penstock.serving.gateway.errors import as_request_error
 from penstock.serving.gateway.generation.call import Body, Call, Kind, Renderer, make_call
 from penstock.serving.gateway.generation.charge import Charge
 from penstock.serving.gateway.generation.measure import Measurement
+from penstock.serving.gateway.generation.parsed import Parser
 from penstock.serving.gateway.results import News, Tally, merge, prompt_facts
 from penstock.serving.gateway.state import Gateway
 from penstock.serving.gateway.streaming.delta_stream import DeltaStream
@@ -48,6 +50,8 @@ class GenerationEndpoint(Generic[Body]):
     def __init__(self, gateway: Gateway, kind: Kind[Body]) -> None:
         self._gateway = gateway
         self._kind = kind
+        self._parser = Parser(kind)
+        self._ids = RandomIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self._gateway
@@ -65,13 +69,15 @@ class GenerationEndpoint(Generic[Body]):
     async def _prepare(self, scope: Scope, receive: Receive) -> _Answer:
         """Parse, look up, charge. Raises the request's error."""
         gateway, context = self._gateway, context_of(scope)
-        body = self._kind.parse(await read_object(Request(scope, receive)))
-        call = make_call(gateway, self._kind, body, context.identity, scope["headers"])
+        parsed = self._parser.parse(await read_body(scope, receive))
+        body = parsed.body
+        call_id = f"{self._kind.id_prefix}-{self._ids.take()}"
+        call = make_call(gateway, call_id, body, parsed.prompts, parsed.sampling, context.identity, scope["headers"])
         info = await _model_info(call.client)
-        plan = self._plan(call, info, scope)
+        plan = self._plan(call, info, scope, parsed.memo)
         entry = await gateway.services.cache.lookup(plan)
-        estimate = gateway.services.limiter.estimate(call.prompts, call.sampling)
-        ticket = await gateway.services.limiter.admit(call.identity, call.id, *((0, 0) if entry else estimate))
+        estimate = (0, 0) if entry is not None else gateway.services.limiter.estimate(call.prompts, call.sampling)
+        ticket = await gateway.services.limiter.admit(call.identity, call.id, *estimate)
         context.response_headers.update(ticket.headers)
         tally = Tally()
         charge = Charge(gateway, call, tally, ticket)
@@ -79,7 +85,7 @@ class GenerationEndpoint(Generic[Body]):
         tokens = _at_most_what_fits(sum(estimate), call, info)
         return _Answer(gateway, call, renderer, plan, entry, info, tokens, tally, charge, context)
 
-    def _plan(self, call: Call, info: ModelInfo | None, scope: Scope) -> Plan:
+    def _plan(self, call: Call, info: ModelInfo | None, scope: Scope, memo: KeyMemo) -> Plan:
         return self._gateway.services.cache.plan(
             identity=call.identity,
             model_name=call.model,
@@ -91,6 +97,7 @@ class GenerationEndpoint(Generic[Body]):
             cache_salt=call.body.cache_salt or "",
             headers=scope["headers"],
             body_cache=call.body.cache,
+            memo=memo,
         )
 
 
@@ -142,17 +149,24 @@ class _Answer:
 
     async def whole(self, receive: Receive, send: Send) -> None:
         """One JSON object."""
-        with self._books():
+        with self._charge, self._measurement:
             if self._entry is not None:
-                news = await self._collect()
+                news = self._replay(self._entry)
             else:
                 news = await while_connected(receive, self._collect())
             self._note_outcome()
             pieces = sorted(merge(news, self._call.sampling.n), key=lambda piece: piece.index)
             body = _encode(await self._renderer.whole(pieces, prompt_facts(news), self._tally.usage()))
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def _replay(self, entry: Entry) -> list[News]:
+        """All of a kept answer at once."""
+        self._charge.source = lambda: "hit"
+        for prompt, delta in entry.news:
+            self._on_delta(prompt, delta)
+        return entry.news
 
     async def _collect(self) -> list[News]:
         news: list[News] = []

@@ -7,11 +7,11 @@ It is a label for people. Nothing inside uses it as a key.
 from __future__ import annotations
 
 import re
-import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.log import request_id_scope
+from penstock.core.ids import RandomIds
+from penstock.core.log import request_id_var
 from penstock.serving.gateway.context import RequestContext, set_context
 
 HEADER = b"x-request-id"
@@ -24,28 +24,32 @@ class RequestIdMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._ids = RandomIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        request_id = choose_request_id(scope["headers"])
+        request_id = acceptable_request_id(scope["headers"]) or "req_" + self._ids.take()
+        label = (HEADER, request_id.encode())
         context = RequestContext(request_id)
         set_context(scope, context)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = context.response_headers.items()
-                message["headers"] = [*message.get("headers", ()), *own, (HEADER, request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), *context.response_headers.items(), label]
             await send(message)
 
-        with request_id_scope(request_id):
+        token = request_id_var.set(request_id)
+        try:
             await self.app(scope, receive, send_with_headers)
+        finally:
+            request_id_var.reset(token)
 
 
-def choose_request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's id if there is exactly one and it is acceptable, else a new one."""
+def acceptable_request_id(headers: list[tuple[bytes, bytes]]) -> str | None:
+    """The client's id if there is exactly one and it is acceptable."""
     given = [value for name, value in headers if name == HEADER]
     if len(given) == 1 and _ACCEPTED.fullmatch(given[0]):
         return given[0].decode("ascii")
-    return "req_" + secrets.token_hex(16)
+    return None
