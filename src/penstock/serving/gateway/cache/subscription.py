@@ -12,6 +12,7 @@ from penstock.core.errors import DeadlineExceededError
 from penstock.serving.frontend.client import Delta
 from penstock.serving.gateway.cache.replay import OnDelta, join
 from penstock.serving.gateway.results import News
+from penstock.serving.gateway.streaming.news_waiter import NewsWaiter
 
 if TYPE_CHECKING:
     from penstock.serving.gateway.cache.flights import Flight
@@ -41,8 +42,7 @@ class Subscription:
         self._told = 0
         self.taken = 0
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._waits_for_end = False
+        self._waiter = NewsWaiter()
 
     async def __aenter__(self) -> Subscription:
         self._entered = True
@@ -65,7 +65,7 @@ class Subscription:
 
     async def wait(self, timeout_s: float) -> bool:
         if not self._has_news and not self.ended:
-            await self._sleep(timeout_s, for_end=False)
+            await self._waiter.sleep(timeout_s, self._deadline, for_end=False)
         if self._error is not None:
             raise self._error
         if self._has_news:
@@ -79,7 +79,7 @@ class Subscription:
 
     async def gather(self, seconds: float) -> None:
         if seconds > 0 and not self.ended:
-            await self._sleep(seconds, for_end=True)
+            await self._waiter.sleep(seconds, self._deadline, for_end=True)
 
     def take(self) -> list[News]:
         news = self._flight.news(self.taken, self.role)
@@ -106,8 +106,10 @@ class Subscription:
             self._told = self._flight.length
             for prompt, delta in news:
                 self._tell(prompt, delta)
-        if self.ended or not self._waits_for_end:
-            self._wake()
+        if self.ended:
+            self._waiter.end()
+        else:
+            self._waiter.news()
 
     @property
     def _has_news(self) -> bool:
@@ -123,20 +125,3 @@ class Subscription:
         # One reader's fault must not reach the flight, which others read too; this reader's `wait` raises it.
         except Exception as error:
             self._error = error
-
-    async def _sleep(self, seconds: float, *, for_end: bool) -> None:
-        """Sleep until news (or with `for_end` the end), at most `seconds` and not beyond the deadline."""
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        self._waits_for_end = for_end
-        timer = loop.call_at(min(loop.time() + seconds, self._deadline), self._wake)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-            self._waits_for_end = False
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)

@@ -17,6 +17,7 @@ from types import TracebackType
 from penstock.core.errors import AbortedError, DeadlineExceededError, EngineError, OverloadedError
 from penstock.serving.frontend.client import Delta, EngineClient, GenerationRequest
 from penstock.serving.gateway.results import News
+from penstock.serving.gateway.streaming.news_waiter import NewsWaiter
 
 MAX_PENDING = 256
 
@@ -42,8 +43,7 @@ class DeltaStream:
         self._pending: list[News] = []
         self._open = len(requests)
         self._error: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._waits_for_end = False
+        self._waiter = NewsWaiter()
         self._room = asyncio.Event()
         self._room.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -68,7 +68,7 @@ class DeltaStream:
     async def wait(self, timeout_s: float) -> bool:
         """Wait for news; False when `timeout_s` passed or all is done. Raises the request's error, or DeadlineExceededError."""
         if not self._pending and not self.ended:
-            await self._sleep(timeout_s, for_end=False)
+            await self._waiter.sleep(timeout_s, self._deadline, for_end=False)
         if self._pending:
             return True
         if self._error is not None:
@@ -80,29 +80,13 @@ class DeltaStream:
     async def gather(self, seconds: float) -> None:
         """Let news collect for `seconds`; returns early when the request ends."""
         if seconds > 0 and not self.ended:
-            await self._sleep(seconds, for_end=True)
+            await self._waiter.sleep(seconds, self._deadline, for_end=True)
 
     def take(self) -> list[News]:
         """What has come since the last call, in order of arrival."""
         news, self._pending = self._pending, []
         self._room.set()
         return news
-
-    async def _sleep(self, seconds: float, *, for_end: bool) -> None:
-        """Sleep until news (or with `for_end` the end), at most `seconds` and not beyond the deadline."""
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        self._waits_for_end = for_end
-        timer = loop.call_at(min(loop.time() + seconds, self._deadline), self._wake)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     async def _read(self, prompt: int, request: GenerationRequest) -> None:
         iterator = self._client.generate(request)
@@ -124,7 +108,7 @@ class DeltaStream:
         finally:
             self._open -= 1
             if self.ended:
-                self._wake()
+                self._waiter.end()
             close = getattr(iterator, "aclose", None)
             if close is not None:
                 await close()
@@ -138,5 +122,4 @@ class DeltaStream:
         self._pending.append((prompt, delta))
         if len(self._pending) >= MAX_PENDING:
             self._room.clear()
-        if not self._waits_for_end:
-            self._wake()
+        self._waiter.news()
