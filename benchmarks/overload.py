@@ -28,6 +28,8 @@ SECONDS = 60
 CONCURRENCY = 64
 PROMPT, OUTPUT = 32, 128
 RECOVERY_S = 5
+KV_CACHE_GIB = 0.125
+EDGE_S = 2.0
 
 
 @script_options
@@ -44,6 +46,7 @@ def main(options: Options) -> None:
         [
             f"Prompts of {PROMPT}, answers of {OUTPUT} tokens, Cache-Control: no-store; capacity: closed loop of {CONCURRENCY}.",
             f"Overload: open loop at {FACTOR} times the capacity. Memory: of all processes of the server, before and at the end.",
+            f"Rates without the first and (closed loop) last {EDGE_S:g} s, in which the engine is not full.",
             f"{RECOVERY_S} s after the load: {data['after']}.",
         ],
     )
@@ -67,7 +70,8 @@ def _row(name: str, load: str, data: dict[str, Any]) -> list[str]:
 
 def _measure(model: Model, options: Options) -> dict[str, Any]:
     seconds = 5 if options.quick else SECONDS
-    with start_server(model, max_num_seqs=CONCURRENCY) as server:
+    # A KV cache that the warm-up touches as a whole: pages that are used for the first time would look like a leak.
+    with start_server(model, max_num_seqs=CONCURRENCY, kv_cache_gib=KV_CACHE_GIB) as server:
         target = Target(url=server.url, model=served_name(server.url))
         workload = Workload(
             input_lengths=Lengths(PROMPT, PROMPT), output_lengths=Lengths(OUTPUT, OUTPUT), seed=1, token_range=(3, 4000)
@@ -95,15 +99,16 @@ def _load(
     completed = [record for record in run.records if record.error is None]
     refused = [record.finished - record.sent for record in run.records if record.error == "http_503"]
     last_due = max(record.due for record in run.records)
-    # Open loop: what ended while the load lasted, so that the rest that runs out at the end adds nothing.
-    end = last_due if isinstance(arrival, OpenLoop) else max(record.finished for record in completed)
-    in_time = [record for record in completed if record.finished <= end]
+    # Without the edges, where the engine is not full: the first requests, and what runs out at the end.
+    begin = first + EDGE_S
+    end = last_due if isinstance(arrival, OpenLoop) else max(record.finished for record in completed) - EDGE_S
+    in_time = [record for record in completed if begin < record.finished <= end]
     spread = distribution(refused)
     return {
         "offered": count / max(last_due - first, 1e-9)
         if isinstance(arrival, OpenLoop)
-        else len(in_time) / (end - first),
-        "goodput": len(in_time) / (end - first),
+        else len(in_time) / (end - begin),
+        "goodput": len(in_time) / (end - begin),
         "refused": None if spread is None else {"p50": spread.p50, "p99": spread.p99, "count": spread.count},
         "other": count - len(completed) - len(refused),
         "errors": sorted({record.error for record in run.records if record.error not in (None, "http_503")}),
