@@ -76,7 +76,7 @@ async def wait_unready(server: RunningServer) -> str:
     raise AssertionError("readiness was never off")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 async def test_streams_continue_after_the_engine_is_killed_or_hangs(number: signal.Signals, tmp_path: Path) -> None:
     with start(tmp_path, "--hang-timeout-s", "3") as server:
         async with make_client(server) as client:

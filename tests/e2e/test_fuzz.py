@@ -14,7 +14,9 @@ from penstock.testing.server import RunningServer
 EXAMPLES = [10, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 
 
-@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("examples", [10, 300])
 def test_no_request_breaks_the_server(tmp_path: Path, examples: int) -> None:
     # A server of its own: the requests change its limits.
     with RunningServer("stories", "--kv-cache-gib", "0.05", "--threads", "1", log=tmp_path / "log") as server:

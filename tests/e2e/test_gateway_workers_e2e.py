@@ -198,6 +198,7 @@ async def test_both_workers_survive_the_engine(workers_server: RunningServer) ->
     assert server.interrupt() == 0
 
 
+@pytest.mark.slow
 async def test_an_engine_that_hangs_is_replaced_for_both(tmp_path: Path) -> None:
     with start(tmp_path, "--hang-timeout-s", "4") as server:
         until(lambda: server.metric("penstock_gateway_workers") == 2)
@@ -211,6 +212,7 @@ async def test_an_engine_that_hangs_is_replaced_for_both(tmp_path: Path) -> None
     assert server.log.read_text().count("killing the engine") == 1
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_gone_for_good_ends_the_server_with_1(tmp_path: Path) -> None:
     with start(tmp_path, "--max-restarts", "0") as server:
         server.signal_engine(signal.SIGKILL)
@@ -240,6 +242,7 @@ def test_nothing_outlives_the_parent(workers_server: RunningServer) -> None:
     assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
+@pytest.mark.slow
 async def test_a_drain_lets_the_streams_of_both_finish(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-linger-s", "2") as server:
         until(lambda: server.metric("penstock_gateway_workers") == 2)
@@ -257,6 +260,7 @@ async def test_a_drain_lets_the_streams_of_both_finish(tmp_path: Path) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 async def test_what_does_not_finish_in_time_gets_an_error_event(tmp_path: Path) -> None:
     with start(tmp_path, "--drain-timeout-s", "0.3", "--metrics-port", str(port := free_port())) as server:
         until(lambda: server.metric("penstock_gateway_workers") == 2)
