@@ -32,8 +32,6 @@ from penstock.serving.gateway.schemas.responses import ErrorBody, ErrorObject
 logger = logging.getLogger(__name__)
 
 _MAX_PATH_SHOWN = 128
-# A store that is away is probed twice a second.
-_STORE_RETRY_S = 1.0
 
 
 def error_body(info: ErrorInfo) -> bytes:
@@ -74,10 +72,8 @@ def retry_headers(error: RequestError) -> dict[str, str] | None:
     if isinstance(error, RateLimitError):
         headers = {name.decode(): value.decode() for name, value in error.headers.items()}
     seconds: float | None = None
-    if isinstance(error, OverloadedError | RateLimitError):
+    if isinstance(error, OverloadedError | RateLimitError | StoreUnavailableError):
         seconds = error.retry_after_s
-    elif isinstance(error, StoreUnavailableError):
-        seconds = _STORE_RETRY_S
     if seconds is None:
         return headers or None
     if seconds <= 0:

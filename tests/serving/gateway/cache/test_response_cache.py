@@ -115,12 +115,12 @@ class Endpoint:
         if entry is not None:
             stream, outcome = ReplayStream(entry, tally.add), "hit"
         elif plan.key is None:
-            stream, outcome = self.start(text, plan, wishes, tally.add), plan.outcome_if_not_used
+            stream, outcome = self.start(text, plan, wishes, tally.add), "bypass"
         elif (flight := self.cache.find(plan)) is not None:
             stream, outcome = flight.subscribe(tally.add, 30), "coalesced"
         else:
             flight = self.cache.open(plan, lambda on_delta: self.start(text, plan, wishes, on_delta), self.end)
-            stream, outcome = flight.subscribe(tally.add, 30), plan.outcome_if_not_used
+            stream, outcome = flight.subscribe(tally.add, 30), "miss"
         news: list[News] = []
         async with stream:
             while await stream.wait(30) or not stream.ended:

@@ -21,7 +21,6 @@ import msgspec
 
 from penstock.core.errors import RequestError
 from penstock.core.types import ModelInfo, SamplingParams
-from penstock.serving.gateway.cache.interface import CacheOutcome
 from penstock.serving.gateway.schemas.sampling import CacheOptions
 
 _SECONDS = re.compile('"?([0-9]{1,18})"?')
@@ -48,11 +47,6 @@ class Plan:
     ttl_s: float = 0.0
     seed: int | None = None
     model: ModelInfo | None = None
-
-    @property
-    def outcome_if_not_used(self) -> CacheOutcome:
-        """What the header says when this request has a generation of its own."""
-        return "bypass" if self.key is None else "miss"
 
     def sampling(self, sampling: SamplingParams) -> SamplingParams:
         """What to generate with."""

@@ -11,7 +11,7 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.ids import RandomIds
-from penstock.core.log import request_id_var
+from penstock.core.log import request_id_scope
 from penstock.serving.gateway.context import RequestContext, set_context
 
 HEADER = b"x-request-id"
@@ -40,11 +40,8 @@ class RequestIdMiddleware:
                 message["headers"] = [*message.get("headers", ()), *context.response_headers.items(), label]
             await send(message)
 
-        token = request_id_var.set(request_id)
-        try:
+        with request_id_scope(request_id):
             await self.app(scope, receive, send_with_headers)
-        finally:
-            request_id_var.reset(token)
 
 
 def acceptable_request_id(headers: list[tuple[bytes, bytes]]) -> str | None:

@@ -81,8 +81,8 @@ class RedisLink:
         """False while the circuit is open."""
         return self._probe is None
 
-    async def call(self, operation: Callable[[Redis], Awaitable[T]], purpose: str, *, wait_s: float = 0.0) -> T:
-        """The result of `operation`, which may block in Redis for `wait_s`. Raises StoreUnavailableError."""
+    async def call(self, operation: Callable[[Redis], Awaitable[T]], purpose: str) -> T:
+        """The result of `operation`, which must not block in Redis. Raises StoreUnavailableError."""
         from redis.exceptions import RedisError, ResponseError
 
         if self._probe is not None:
@@ -90,7 +90,7 @@ class RedisLink:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as bound:
-                last_call = loop.call_later(self._timeout_s + wait_s, lambda: bound.reschedule(loop.time() + _GRACE_S))
+                last_call = loop.call_later(self._timeout_s, lambda: bound.reschedule(loop.time() + _GRACE_S))
                 try:
                     return await operation(self.redis)
                 finally:
