@@ -56,6 +56,9 @@ class EngineSettings(TypedDict, total=False):
     weight_cache: bool
     kv_cache_dtype: str
     attention_backend: str
+    enforce_eager: bool
+    cuda_graph_max_batch_size: int
+    overlap_scheduling: str
     threads: int
     cpus: str
     seed: int

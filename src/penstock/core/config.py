@@ -43,8 +43,8 @@ class EngineConfig:
     quantization: str = setting(
         "auto",
         "Precision of the weights. 'auto' keeps the checkpoint's; 'none' computes quantised ones as floats; 'int8' and 'int4' round "
-        "while loading; 'awq' and 'gptq' insist on a checkpoint in that format.",
-        choices=("auto", "none", "int8", "int4", "awq", "gptq"),
+        "while loading, and so does 'fp8' on a GPU; 'awq', 'gptq' and 'bitsandbytes' insist on a checkpoint in that format.",
+        choices=("auto", "none", "int8", "int4", "fp8", "awq", "gptq", "bitsandbytes"),
     )
     quantization_group_size: int = setting(
         32,
@@ -56,13 +56,26 @@ class EngineConfig:
     )
     kv_cache_dtype: str = setting(
         "auto",
-        "Type of the KV cache. 'auto': that of the arithmetic. 'int8' takes a quarter of float32's memory and rounds keys and values.",
-        choices=("auto", "float32", "bfloat16", "int8"),
+        "Type of the KV cache. 'auto': that of the arithmetic. 'int8' and, on a GPU, 'fp8' take a byte a number and round keys and "
+        "values; models known not to bear rounded keys keep those in 16 bits on a GPU.",
+        choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
     )
     attention_backend: str = setting(
         "auto",
-        "Attention implementation; 'auto' takes the fastest for the device.",
-        choices=("auto", "torch", "native"),
+        "Attention implementation; 'auto' takes the fastest for the device and says which and why.",
+        choices=("auto", "torch", "native", "triton", "flashinfer", "flash-attention"),
+    )
+    enforce_eager: bool = setting(
+        False, "Launch every GPU kernel of a decode step by itself instead of replaying CUDA graphs."
+    )
+    cuda_graph_max_batch_size: int = setting(
+        0,
+        "Largest decode batch that has a CUDA graph; 0: --max-num-seqs, at most 512. Fewer graphs start faster and take less memory.",
+    )
+    overlap_scheduling: str = setting(
+        "auto",
+        "Schedule and prepare a step while the one before it runs. 'auto': on a GPU.",
+        choices=("auto", "on", "off"),
     )
     threads: int = setting(0, "CPU threads for arithmetic; 0 takes one for each core that this process may use.")
     cpus: str = setting(
@@ -105,6 +118,7 @@ class EngineConfig:
         check_at_least(self, "max_prefill_tokens_while_decoding", 0)
         check_at_least(self, "max_waiting_requests", 1)
         check_at_least(self, "kv_cache_gib", 0)
+        check_at_least(self, "cuda_graph_max_batch_size", 0)
         check_at_least(self, "swap_space_gib", 0)
         if not 0 <= self.memory_utilization <= 1:
             raise ConfigError(

@@ -91,7 +91,9 @@ class RunnerOutput:
     `sampled_token_ids`: for each request that sampled, its new tokens (one, or several under speculation). `logprobs`: one entry
     per sampled token, for requests that asked. `prompt_logprobs`: (position of the first token, entries); the entry at position p belongs
     to prompt token p and was predicted from tokens before it. `errors`: requests that failed alone (such as NaN logits);
-    their other fields are absent. `prepare_seconds`, `forward_seconds`, `sample_seconds`: what the runner's parts of the step took.
+    their other fields are absent. `prepare_seconds`, `forward_seconds`, `sample_seconds`: what the runner's parts of the step took of the
+    host's time. On an accelerator, whose work goes on behind the host's back, `device_seconds` is what the step took there and
+    `device_idle_seconds` how long the device had nothing to do between the step before and this one; 0 elsewhere.
     """
 
     step_id: int
@@ -102,3 +104,5 @@ class RunnerOutput:
     prepare_seconds: float = 0.0
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
+    device_seconds: float = 0.0
+    device_idle_seconds: float = 0.0

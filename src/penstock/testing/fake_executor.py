@@ -68,7 +68,7 @@ class _Handle:
         self._executor.run_until(self)
         if isinstance(self.output, Exception):
             raise self.output
-        assert self.output is not None  # noqa: S101
+        assert self.output is not None
         return self.output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,13 +68,15 @@ class PagedModel:
         self.loaded = loaded
         self.block_size = block_size
         self.device = next(loaded.model.parameters()).device
-        self.dtype = next(loaded.model.parameters()).dtype
+        spec = dataclasses.replace(
+            loaded.cache_spec,
+            block_size=block_size,
+            key_dtype=loaded.activation_dtype,
+            value_dtype=loaded.activation_dtype,
+        )
         self.backend: AttentionBackend = loaded.attention_backend
         self.kv_caches: list[KVCache] = [
-            self.backend.allocate_kv_cache(
-                num_blocks, block_size, config.num_kv_heads, config.head_dim, self.dtype, self.device
-            )
-            for _ in range(config.num_layers)
+            self.backend.allocate_kv_cache(num_blocks, spec, self.device) for _ in range(config.num_layers)
         ]
         if poison:
             for cache in self.kv_caches:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
-from penstock.execution.attention.backend import KVCache, check_cache_dtype, get_attention_backend
+from penstock.execution.attention.backend import KVCache, KVCacheSpec, check_cache, get_attention_backend
 from penstock.execution.attention.native_paged import NativePagedAttention
 from penstock.execution.attention.torch_paged import TorchPagedAttention
 from penstock.execution.kernels import native
@@ -74,7 +74,7 @@ def make_contexts(lengths: list[int], shape: Shape, kv_dtype: torch.dtype = torc
     random.Random(0).shuffle(free)
     tables = [[free.pop() for _ in range(size)] for size in sizes]
     cache = BACKEND.allocate_kv_cache(
-        len(free) + sum(sizes), shape.block_size, shape.kv_heads, shape.dim, kv_dtype, CPU
+        len(free) + sum(sizes), KVCacheSpec(shape.block_size, shape.kv_heads, shape.dim, kv_dtype, kv_dtype), CPU
     )
     for tensor in cache.tensors:
         tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
@@ -214,7 +214,7 @@ class Swap:
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
 def test_blocks_are_copied_and_swapped_whole(kv_dtype: torch.dtype) -> None:
     def random_cache() -> KVCache:
-        cache = BACKEND.allocate_kv_cache(6, 16, 2, 16, kv_dtype, CPU)
+        cache = BACKEND.allocate_kv_cache(6, KVCacheSpec(16, 2, 16, kv_dtype, kv_dtype), CPU)
         for tensor in cache.tensors:
             tensor.random_(-100, 100)
         return cache
@@ -222,7 +222,7 @@ def test_blocks_are_copied_and_swapped_whole(kv_dtype: torch.dtype) -> None:
     caches = [random_cache() for _ in range(2)]
     before = [[tensor.clone() for tensor in cache.tensors] for cache in caches]
     BACKEND.copy_blocks(caches, torch.tensor([1, 4]), torch.tensor([0, 5]))
-    host = [BACKEND.allocate_host_cache(4, 16, 2, 16, kv_dtype, CPU) for _ in caches]
+    host = [BACKEND.allocate_host_cache(4, KVCacheSpec(16, 2, 16, kv_dtype, kv_dtype), CPU) for _ in caches]
     BACKEND.swap_out(caches, host, [Swap(2, 0), Swap(5, 3)])
     BACKEND.swap_in(caches, host, [Swap(3, 1), Swap(0, 4)])
     BACKEND.swap_in(caches, host, [])
@@ -234,15 +234,16 @@ def test_blocks_are_copied_and_swapped_whole(kv_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_bytes_per_block_is_what_a_block_takes(kv_dtype: torch.dtype) -> None:
-    cache = BACKEND.allocate_kv_cache(10, 32, 2, 24, kv_dtype, CPU)
-    assert cache.nbytes == 10 * BACKEND.bytes_per_block(32, 2, 24, kv_dtype)
+    cache = BACKEND.allocate_kv_cache(10, KVCacheSpec(32, 2, 24, kv_dtype, kv_dtype), CPU)
+    assert cache.nbytes == 10 * BACKEND.bytes_per_block(KVCacheSpec(32, 2, 24, kv_dtype, kv_dtype))
     assert (cache.num_blocks, cache.block_size) == (10, 32)
     assert not any(tensor.any() for tensor in cache.tensors)
 
 
 def test_auto_takes_native_where_it_can() -> None:
     def chosen(block_size: int = 16, head_dim: int = 64, kv_dtype: torch.dtype = torch.float32) -> str:
-        return get_attention_backend("auto", CPU, block_size=block_size, head_dim=head_dim, kv_dtype=kv_dtype).name
+        spec = KVCacheSpec(block_size, 2, head_dim, kv_dtype, kv_dtype)
+        return get_attention_backend("auto", CPU, spec=spec, arithmetic=torch.float32).name
 
     assert chosen() == chosen(block_size=48) == chosen(kv_dtype=torch.int8) == "native"
     assert chosen(block_size=8) == chosen(head_dim=33) == chosen(kv_dtype=torch.float16) == "torch"
@@ -251,25 +252,24 @@ def test_auto_takes_native_where_it_can() -> None:
 
 def test_what_cannot_be_is_refused_with_the_fix() -> None:
     with pytest.raises(ConfigError, match=r"--block-size 8 .* multiple of 16"):
-        BACKEND.allocate_kv_cache(1, 8, 2, 16, torch.float32, CPU)
+        BACKEND.allocate_kv_cache(1, KVCacheSpec(8, 2, 16, torch.float32, torch.float32), CPU)
     with pytest.raises(ConfigError, match=r"even head size, not 15"):
-        BACKEND.allocate_kv_cache(1, 16, 2, 15, torch.float32, CPU)
+        BACKEND.allocate_kv_cache(1, KVCacheSpec(16, 2, 15, torch.float32, torch.float32), CPU)
     with pytest.raises(ConfigError, match=r"no float16 KV cache; set --kv-cache-dtype"):
-        BACKEND.allocate_kv_cache(1, 16, 2, 16, torch.float16, CPU)
-    with pytest.raises(ConfigError, match=r"is for CPUs, not for cuda"):
-        BACKEND.allocate_kv_cache(1, 16, 2, 16, torch.float32, torch.device("cuda"))
-    with pytest.raises(
-        ConfigError, match=r"--kv-cache-dtype int8 beside arithmetic in float32 needs .*backend is torch"
-    ):
-        check_cache_dtype(TorchPagedAttention(), torch.int8, torch.float32)
-    check_cache_dtype(BACKEND, torch.int8, torch.float32)
-    check_cache_dtype(TorchPagedAttention(), torch.bfloat16, torch.bfloat16)
+        BACKEND.allocate_kv_cache(1, KVCacheSpec(16, 2, 16, torch.float16, torch.float16), CPU)
+    with pytest.raises(ConfigError, match=r"it is for CPUs"):
+        BACKEND.allocate_kv_cache(1, KVCacheSpec(16, 2, 16, torch.float32, torch.float32), torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"--attention-backend torch cannot do this KV cache: .*float32, not in int8"):
+        check_cache(TorchPagedAttention(), KVCacheSpec(16, 2, 16, torch.int8, torch.int8), torch.float32)
+    check_cache(BACKEND, KVCacheSpec(16, 2, 16, torch.int8, torch.int8), torch.float32)
+    check_cache(TorchPagedAttention(), KVCacheSpec(16, 2, 16, torch.bfloat16, torch.bfloat16), torch.bfloat16)
 
 
 def test_native_is_refused_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.execution.attention.backend.native_available", lambda: False)
     monkeypatch.setattr("penstock.execution.attention.backend.unavailable_reason", lambda: "never built")
-    assert get_attention_backend("auto", CPU, block_size=16, head_dim=64, kv_dtype=torch.float32).name == "torch"
+    spec = KVCacheSpec(16, 2, 64, torch.float32, torch.float32)
+    assert get_attention_backend("auto", CPU, spec=spec, arithmetic=torch.float32).name == "torch"
     with pytest.raises(ConfigError, match=r"no native CPU kernels \(never built\); use auto"):
         get_attention_backend("native", CPU)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.core.errors import ConfigError
 from penstock.execution.attention import torch_paged
-from penstock.execution.attention.backend import KVCache, get_attention_backend
+from penstock.execution.attention.backend import KVCache, KVCacheSpec, get_attention_backend
 from penstock.execution.attention.context import AttentionMetadata
 from penstock.execution.attention.torch_paged import TorchPagedAttention, group_by_length
 from penstock.testing.paged_model import make_metadata
@@ -46,7 +46,9 @@ def make_step(
     free = list(range(sum(sizes) + 3))
     random.Random(0).shuffle(free)
     tables = [[free.pop() for _ in range(size)] for size in sizes]
-    cache = TorchPagedAttention().allocate_kv_cache(sum(sizes) + 3, BLOCK_SIZE, num_kv_heads, HEAD_DIM, dtype, CPU)
+    cache = TorchPagedAttention().allocate_kv_cache(
+        sum(sizes) + 3, KVCacheSpec(BLOCK_SIZE, num_kv_heads, HEAD_DIM, dtype, dtype), CPU
+    )
     cache.key.fill_(torch.nan)
     cache.value.fill_(torch.nan)
     keys, values = [
@@ -157,7 +159,10 @@ def test_swapped_blocks_come_back_elsewhere() -> None:
     backend = TorchPagedAttention()
     caches = [random_cache(6) for _ in range(2)]
     before = [KVCache(cache.key.clone(), cache.value.clone()) for cache in caches]
-    host = [backend.allocate_host_cache(4, BLOCK_SIZE, 2, HEAD_DIM, torch.float32, CPU) for _ in caches]
+    host = [
+        backend.allocate_host_cache(4, KVCacheSpec(BLOCK_SIZE, 2, HEAD_DIM, torch.float32, torch.float32), CPU)
+        for _ in caches
+    ]
     backend.swap_out(caches, host, [Swap(2, 0), Swap(5, 3)])
     for cache in caches:
         cache.key.zero_()
@@ -172,19 +177,23 @@ def test_swapped_blocks_come_back_elsewhere() -> None:
 
 def test_bytes_per_block_is_what_a_block_takes() -> None:
     backend = TorchPagedAttention()
-    cache = backend.allocate_kv_cache(10, BLOCK_SIZE, 2, HEAD_DIM, torch.bfloat16, CPU)
-    assert cache.nbytes == 10 * backend.bytes_per_block(BLOCK_SIZE, 2, HEAD_DIM, torch.bfloat16)
+    cache = backend.allocate_kv_cache(10, KVCacheSpec(BLOCK_SIZE, 2, HEAD_DIM, torch.bfloat16, torch.bfloat16), CPU)
+    assert cache.nbytes == 10 * backend.bytes_per_block(
+        KVCacheSpec(BLOCK_SIZE, 2, HEAD_DIM, torch.bfloat16, torch.bfloat16)
+    )
     assert cache.num_blocks == 10
 
 
 def test_unknown_backend_lists_the_supported() -> None:
     assert get_attention_backend("auto", CPU).name == "torch"
-    with pytest.raises(ConfigError, match=r"'flash'.*supported: auto, native, torch"):
+    with pytest.raises(ConfigError, match=r"'flash'.*supported: auto, .*native, torch, triton"):
         get_attention_backend("flash", CPU)
 
 
 def random_cache(num_blocks: int) -> KVCache:
-    cache = TorchPagedAttention().allocate_kv_cache(num_blocks, BLOCK_SIZE, 2, HEAD_DIM, torch.float32, CPU)
+    cache = TorchPagedAttention().allocate_kv_cache(
+        num_blocks, KVCacheSpec(BLOCK_SIZE, 2, HEAD_DIM, torch.float32, torch.float32), CPU
+    )
     cache.key.normal_()
     cache.value.normal_()
     return cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,11 +61,9 @@ class Harness:
 
     def _caches(self, num_blocks: int) -> list[KVCache]:
         config = self.loaded.config
+        spec = dataclasses.replace(self.loaded.cache_spec, block_size=BLOCK_SIZE)
         caches = [
-            self.loaded.attention_backend.allocate_kv_cache(
-                num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim, torch.float32, CPU
-            )
-            for _ in range(config.num_layers)
+            self.loaded.attention_backend.allocate_kv_cache(num_blocks, spec, CPU) for _ in range(config.num_layers)
         ]
         for cache in caches:
             cache.key.fill_(torch.nan)

@@ -6,8 +6,8 @@ import torch
 
 from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
+from penstock.execution.attention.backend import KVCacheSpec, cache_spec
 from penstock.execution.attention.native_paged import NativePagedAttention
-from penstock.execution.attention.torch_paged import TorchPagedAttention
 from penstock.execution.kernels.native import native_available
 from penstock.execution.models.registry import LoadedModel
 from penstock.execution.runner import kv_memory
@@ -30,14 +30,26 @@ CONFIG = EngineConfig(
 )
 
 
+def _spec(loaded: LoadedModel, config: EngineConfig) -> KVCacheSpec:
+    model = loaded.config
+    return cache_spec(
+        config.kv_cache_dtype,
+        torch.float32,
+        block_size=config.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+    )
+
+
 def _plan(loaded: LoadedModel, config: EngineConfig, *, free: int = GIB, weights: int = 0) -> KVPlan:
     return plan_kv_memory(
         config,
         loaded.config,
         loaded.attention_backend,
-        torch.float32,
+        _spec(loaded, config),
         free_bytes=free,
         weight_bytes=weights,
+        step_bytes=activation_bytes(config, loaded.config, torch.float32),
         free_host_bytes=GIB,
     )
 
@@ -105,19 +117,11 @@ def test_the_caches_type_decides_its_size(loaded: LoadedModel) -> None:
         assert plan.bytes_per_block == size
         caches, host = allocate_kv_caches(
             KVPlan(3, 2, size),
-            config,
-            loaded.config,
+            _spec(loaded, config),
+            loaded.config.num_layers,
             native.attention_backend,
-            torch.float32,
             torch.device("cpu"),
         )
         assert sum(cache.nbytes for cache in caches) == 3 * size
         assert sum(cache.nbytes for cache in host) == 2 * size
         assert {cache.key.dtype for cache in caches} == {getattr(torch, name)}
-
-
-def test_another_type_than_the_arithmetics_needs_the_native_backend(loaded: LoadedModel) -> None:
-    plain = dataclasses.replace(loaded, attention_backend=TorchPagedAttention())
-    with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 .* needs --attention-backend native"):
-        _plan(plain, dataclasses.replace(CONFIG, kv_cache_dtype="int8"))
-    assert _plan(plain, dataclasses.replace(CONFIG, kv_cache_dtype="float32")) == _plan(plain, CONFIG)

@@ -9,24 +9,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
-from penstock.execution.kernels.attention import KV_KINDS, TILE_TOKENS
 from penstock.execution.kernels.native import native_available, unavailable_reason
+from penstock.execution.kernels.triton.support import triton_runs_on, triton_unavailable_reason
 
 if TYPE_CHECKING:
     from penstock.execution.attention.context import AttentionMetadata
 
 
 @dataclass(frozen=True)
+class KVCacheSpec:
+    """What a KV cache of one layer has to hold: blocks of `block_size` tokens, with a key and a value of `head_dim` numbers for each of
+    `num_kv_heads` heads. Keys may be kept in a wider type than values, because some models do not bear rounded keys."""
+
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class KVCache:
     """Keys and values of one layer. The first dimension of all tensors is the block; the rest is the backend's.
 
-    The scales belong to a cache of integers; others have none."""
+    The scales belong to keys or values that are rounded to 8 bits; others have none."""
 
     key: Tensor
     value: Tensor
@@ -72,32 +84,26 @@ class AttentionBackend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def allocate_kv_cache(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
+    @property
+    def supports_graphs(self) -> bool:
+        """Whether a decode step, whose metadata lies in buffers that keep their place, may be recorded once and replayed: nothing about it
+        is decided by numbers on the host, a token with a negative slot is not written, a request without tokens gives zeros."""
+        ...
+
+    def unsupported(self, spec: KVCacheSpec, arithmetic: torch.dtype) -> str | None:
+        """Why this backend cannot attend to such a cache with queries of type `arithmetic`; None when it can."""
+        ...
+
+    def allocate_kv_cache(self, num_blocks: int, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Zeroed memory for one layer."""
         ...
 
-    def allocate_host_cache(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
+    def allocate_host_cache(self, num_blocks: int, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """The same layout in host memory, pinned when `device` copies faster from pinned memory."""
         ...
 
-    def bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one block of one layer, keys and values."""
+    def bytes_per_block(self, spec: KVCacheSpec) -> int:
+        """Bytes of one block of one layer, keys, values and scales."""
         ...
 
     def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -126,40 +132,89 @@ class AttentionBackend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm over each query and key head before it is rotated (Qwen3): weights [D] and epsilon."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
+@runtime_checkable
+class FusedAttentionBackend(AttentionBackend, Protocol):
+    """A backend that normalises, rotates and stores in one pass over the projections."""
+
+    def rotate_and_write(
+        self,
+        kv_cache: KVCache,
+        heads: Tensor,
+        *,
+        table: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        norms: HeadNorms | None,
+    ) -> Tensor:
+        """heads [T, H + 2 * KVH, D] (query, key and value heads) → rotated queries [T, H, D]; rotated keys and values are stored at their
+        slots. table: float32 [P, D], cosines and sines of each position (RotaryEmbedding.table); positions: int64 [T]."""
+        ...
+
+
 # Name → "module:class"; imported when chosen.
 _BACKENDS = {
+    "flash-attention": "penstock.execution.attention.flash_attention:FlashAttention",
+    "flashinfer": "penstock.execution.attention.flashinfer:FlashInferAttention",
     "native": "penstock.execution.attention.native_paged:NativePagedAttention",
     "torch": "penstock.execution.attention.torch_paged:TorchPagedAttention",
+    "triton": "penstock.execution.attention.triton_paged:TritonPagedAttention",
+}
+
+_CACHE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
 }
 
 
-_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
 def get_attention_backend(
-    name: str,
-    device: torch.device,
-    *,
-    block_size: int | None = None,
-    head_dim: int | None = None,
-    kv_dtype: torch.dtype | None = None,
+    name: str, device: torch.device, *, spec: KVCacheSpec | None = None, arithmetic: torch.dtype | None = None
 ) -> AttentionBackend:
-    """The backend called `name`; 'auto' takes the fastest for `device` that can do a cache of this block size, head size and type.
+    """The backend called `name`; 'auto' takes the first of those made for `device` that can do a cache of `spec` with queries of type
+    `arithmetic`; torch's operators when none can or either is unknown.
 
-    Raises ConfigError for an unknown name, and for 'native' where it cannot be.
+    Raises ConfigError for an unknown name and for one that cannot run here.
     """
     if name == "auto":
-        fits = _native_fits(device, block_size, head_dim, kv_dtype)
-        name = "native" if fits and native_available() else "torch"
+        candidates = []
+        if spec is not None and arithmetic is not None:
+            candidates = [_make(name) for name in _preferred(device)]
+            candidates = [backend for backend in candidates if backend.unsupported(spec, arithmetic) is None]
+        return candidates[0] if candidates else _make("torch")
     if name not in _BACKENDS:
         raise ConfigError(f"--attention-backend {name!r} is unknown; supported: auto, {', '.join(sorted(_BACKENDS))}.")
-    if name == "native" and not native_available():
-        raise ConfigError(
-            f"--attention-backend native: there are no native CPU kernels ({unavailable_reason()}); use auto."
-        )
-    module_name, class_name = _BACKENDS[name].split(":")
-    backend: AttentionBackend = getattr(import_module(module_name), class_name)()
-    return backend
+    if name == "native" and not (device.type == "cpu" and native_available()):
+        reason = unavailable_reason() if device.type == "cpu" else "they run on a CPU only"
+        raise ConfigError(f"--attention-backend native: there are no native CPU kernels ({reason}); use auto.")
+    if name == "triton" and not triton_runs_on(device):
+        raise ConfigError(f"--attention-backend triton: {triton_unavailable_reason(device)}; use auto.")
+    return _make(name)
+
+
+def cache_spec(
+    setting: str,
+    arithmetic: torch.dtype,
+    *,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    wide_keys: bool = False,
+) -> KVCacheSpec:
+    """The cache that the setting kv_cache_dtype means for a model that computes in `arithmetic`. wide_keys: keys stay in the type of the
+    arithmetic, whatever values are kept in."""
+    dtype = cache_dtype(setting, arithmetic)
+    return KVCacheSpec(block_size, num_kv_heads, head_dim, arithmetic if wide_keys else dtype, dtype)
 
 
 def cache_dtype(setting: str, arithmetic: torch.dtype) -> torch.dtype:
@@ -167,20 +222,21 @@ def cache_dtype(setting: str, arithmetic: torch.dtype) -> torch.dtype:
     return arithmetic if setting == "auto" else _CACHE_DTYPES[setting]
 
 
-def check_cache_dtype(backend: AttentionBackend, kv_dtype: torch.dtype, arithmetic: torch.dtype) -> None:
-    """Raises ConfigError when `backend` cannot compute in `arithmetic` over a cache of `kv_dtype`."""
-    if backend.name != "native" and kv_dtype != arithmetic:
-        name, computed = (str(dtype).removeprefix("torch.") for dtype in (kv_dtype, arithmetic))
-        raise ConfigError(
-            f"--kv-cache-dtype {name} beside arithmetic in {computed} needs --attention-backend native (a CPU, native kernels, "
-            f"--block-size a multiple of {TILE_TOKENS}), but the backend is {backend.name}; use auto."
-        )
+def check_cache(backend: AttentionBackend, spec: KVCacheSpec, arithmetic: torch.dtype) -> None:
+    """Raises ConfigError when `backend` cannot compute in `arithmetic` over such a cache."""
+    reason = backend.unsupported(spec, arithmetic)
+    if reason is not None:
+        raise ConfigError(f"--attention-backend {backend.name} cannot do this KV cache: {reason}.")
 
 
-def _native_fits(
-    device: torch.device, block_size: int | None, head_dim: int | None, kv_dtype: torch.dtype | None
-) -> bool:
-    """Whether the native kernels can do such a cache; not when anything about it is unknown."""
-    if device.type != "cpu" or block_size is None or head_dim is None:
-        return False
-    return block_size % TILE_TOKENS == 0 and head_dim % 2 == 0 and kv_dtype in KV_KINDS
+def _preferred(device: torch.device) -> list[str]:
+    """Backends made for `device` that can run, the fastest first."""
+    if device.type == "cpu":
+        return ["native"] if native_available() else []
+    return ["triton"] if triton_runs_on(device) else []
+
+
+def _make(name: str) -> AttentionBackend:
+    module_name, class_name = _BACKENDS[name].split(":")
+    backend: AttentionBackend = getattr(import_module(module_name), class_name)()
+    return backend

@@ -26,6 +26,13 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
+def host_zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed main memory; pinned when `device` is a GPU, which copies from there without a detour."""
+    if device.type == "cuda":
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    return zeroed(shape, dtype, torch.device("cpu"))
+
+
 def copy_blocks(kv_caches: Sequence[KVCache], source: Tensor, target: Tensor) -> None:
     """See AttentionBackend.copy_blocks."""
     for cache in kv_caches:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
-from penstock.execution.attention.backend import KVCache, Move
+from penstock.execution.attention.backend import KVCache, KVCacheSpec, Move
 from penstock.execution.attention.blocks import copy_blocks, move_blocks, zeroed
 from penstock.execution.attention.context import AttentionMetadata
 from penstock.execution.kernels.attention import KV_KINDS, TILE_TOKENS, AttentionStruct, KVCacheStruct, attend
@@ -27,40 +27,37 @@ class NativePagedAttention:
     """See the module's description."""
 
     name = "native"
+    supports_graphs = False
 
-    def allocate_kv_cache(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
+    def unsupported(self, spec: KVCacheSpec, arithmetic: torch.dtype) -> str | None:
+        """See AttentionBackend; queries of any type are converted."""
+        if spec.block_size % TILE_TOKENS:
+            return f"--block-size {spec.block_size} is not for native kernels, which need a multiple of {TILE_TOKENS}"
+        if spec.head_dim % 2:
+            return f"native kernels need an even head size, not {spec.head_dim}"
+        if spec.key_dtype != spec.value_dtype or spec.key_dtype not in KV_KINDS:
+            return f"native kernels have no {_name(spec.key_dtype)} KV cache; set --kv-cache-dtype to float32, bfloat16 or int8"
+        return None
+
+    def allocate_kv_cache(self, num_blocks: int, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Zeroed memory for one layer. Raises ConfigError for a device, type or size that the kernels do not take."""
-        _check(block_size, head_dim, dtype, device)
-        tiles = (num_blocks, num_kv_heads, block_size // TILE_TOKENS)
-        key = zeroed((*tiles, head_dim, TILE_TOKENS), dtype, device)
-        value = zeroed((*tiles, TILE_TOKENS, head_dim), dtype, device)
-        if dtype != torch.int8:
+        reason = self.unsupported(spec, torch.float32)
+        if reason is not None or device.type != "cpu":
+            raise ConfigError(f"--attention-backend native: {reason or 'it is for CPUs'}; use auto.")
+        tiles = (num_blocks, spec.num_kv_heads, spec.block_size // TILE_TOKENS)
+        key = zeroed((*tiles, spec.head_dim, TILE_TOKENS), spec.key_dtype, device)
+        value = zeroed((*tiles, TILE_TOKENS, spec.head_dim), spec.value_dtype, device)
+        if spec.key_dtype != torch.int8:
             return KVCache(key, value)
-        scales = (num_blocks, num_kv_heads, block_size)
+        scales = (num_blocks, spec.num_kv_heads, spec.block_size)
         return KVCache(key, value, zeroed(scales, torch.float32, device), zeroed(scales, torch.float32, device))
 
-    def allocate_host_cache(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
-        return self.allocate_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
+    def allocate_host_cache(self, num_blocks: int, spec: KVCacheSpec, device: torch.device) -> KVCache:
+        return self.allocate_kv_cache(num_blocks, spec, device)
 
-    def bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        scale_bytes = _SCALE_BYTES if dtype == torch.int8 else 0
-        return 2 * block_size * num_kv_heads * (head_dim * dtype.itemsize + scale_bytes)
+    def bytes_per_block(self, spec: KVCacheSpec) -> int:
+        scale_bytes = _SCALE_BYTES if spec.key_dtype == torch.int8 else 0
+        return 2 * spec.block_size * spec.num_kv_heads * (spec.head_dim * spec.key_dtype.itemsize + scale_bytes)
 
     def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         key, value = _float_rows(key), _float_rows(value)
@@ -111,20 +108,8 @@ def cache_struct(kv_cache: KVCache) -> KVCacheStruct:
     )
 
 
-def _check(block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ConfigError(f"--attention-backend native is for CPUs, not for {device.type}; use auto.")
-    if block_size % TILE_TOKENS:
-        raise ConfigError(
-            f"--block-size {block_size} does not go with --attention-backend native; take a multiple of {TILE_TOKENS}."
-        )
-    if head_dim % 2:
-        raise ConfigError(f"--attention-backend native needs an even head size, not {head_dim}; use torch.")
-    if dtype not in KV_KINDS:
-        raise ConfigError(
-            f"--attention-backend native has no {str(dtype).removeprefix('torch.')} KV cache; "
-            "set --kv-cache-dtype to float32, bfloat16 or int8."
-        )
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _float_rows(x: Tensor) -> Tensor:

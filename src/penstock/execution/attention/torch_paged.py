@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.execution.attention.backend import KVCache, Move
-from penstock.execution.attention.blocks import copy_blocks, move_blocks, zeroed
+from penstock.execution.attention.backend import KVCache, KVCacheSpec, Move
+from penstock.execution.attention.blocks import copy_blocks, host_zeroed, move_blocks, zeroed
 from penstock.execution.attention.context import AttentionMetadata
 
 # Contexts up to this many tokens share a batch whatever their lengths: padding them costs less than another call.
@@ -79,37 +79,27 @@ class TorchPagedAttention:
     """See the module's description."""
 
     name = "torch"
+    supports_graphs = False
 
-    def allocate_kv_cache(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        return KVCache(zeroed(shape, dtype, device), zeroed(shape, dtype, device))
+    def unsupported(self, spec: KVCacheSpec, arithmetic: torch.dtype) -> str | None:
+        """See AttentionBackend; keys and values have the type of queries."""
+        for dtype in (spec.key_dtype, spec.value_dtype):
+            if dtype != arithmetic:
+                names = [str(dtype).removeprefix("torch.") for dtype in (dtype, arithmetic)]
+                return f"torch's operators keep keys and values in the type of the arithmetic, {names[1]}, not in {names[0]}"
+        return None
 
-    def allocate_host_cache(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        if device.type == "cuda":
-            return KVCache(
-                torch.zeros(shape, dtype=dtype, pin_memory=True), torch.zeros(shape, dtype=dtype, pin_memory=True)
-            )
-        return KVCache(zeroed(shape, dtype, device), zeroed(shape, dtype, device))
+    def allocate_kv_cache(self, num_blocks: int, spec: KVCacheSpec, device: torch.device) -> KVCache:
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        return KVCache(zeroed(shape, spec.key_dtype, device), zeroed(shape, spec.value_dtype, device))
 
-    def bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+    def allocate_host_cache(self, num_blocks: int, spec: KVCacheSpec, device: torch.device) -> KVCache:
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        return KVCache(host_zeroed(shape, spec.key_dtype, device), host_zeroed(shape, spec.value_dtype, device))
+
+    def bytes_per_block(self, spec: KVCacheSpec) -> int:
+        row_bytes = spec.head_dim * (spec.key_dtype.itemsize + spec.value_dtype.itemsize)
+        return spec.block_size * spec.num_kv_heads * row_bytes
 
     def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         kv_cache.key.flatten(0, 1).index_copy_(0, slot_mapping, key)

@@ -1,10 +1,15 @@
-"""A quantised weight in the one form that every checkpoint format is turned into and every kernel is packed from.
+"""Quantised weights in the canonical forms that checkpoint formats are turned into and kernels are packed from.
+
+QuantizedTensor: integers.
 
     weight[n, k] = scales[n, g] * codes[n, k] - offsets[n, g]        with g = k // group_size
 
 Codes are unsigned. A symmetric weight has no offsets; its zero is the middle code, 2 ** (bits - 1):
 
     4 bits   codes 0 … 15,  zero at 8          8 bits   codes 0 … 255, zero at 128
+
+Float8Tensor: 8-bit floats with a scale for each block.      weight[n, k] = codes[n, k] * scales[n // rows, k // columns]
+CodebookTensor: 4-bit indices into a table of 16 numbers.    weight[n, k] = codebook[codes[n, k]] * scales[n, k // group_size]
 """
 
 from __future__ import annotations
@@ -51,3 +56,56 @@ class QuantizedTensor:
         if self.input_order is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.input_order, weight)
         return weight
+
+
+@dataclass(frozen=True)
+class Float8Tensor:
+    """One weight of N output and K input features in 8-bit floats (e4m3, finite, largest magnitude 448).
+
+    codes: float8_e4m3fn [N, K]. block: output and input features that share a scale: (N, K) one scale for all, (1, K) one per output
+    feature, (128, 128) as DeepSeek has it; the last block of a row or column may be partly outside. scales: float32 [ceil(N / block[0]),
+    ceil(K / block[1])]. activation_scale: a fixed scale for the layer's input, from calibration; None: found for each token.
+    """
+
+    codes: Tensor
+    block: tuple[int, int]
+    scales: Tensor
+    activation_scale: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 [N, K]."""
+        rows, columns = self.shape
+        scales = self.scales.repeat_interleave(self.block[0], 0)[:rows]
+        return self.codes.to(torch.float32) * scales.repeat_interleave(self.block[1], 1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class CodebookTensor:
+    """One weight of N output and K input features whose 4-bit codes are looked up in a table, such as NF4.
+
+    codes: uint8 [N, K], one code from 0 to 15 a byte. codebook: float32 [16]. group_size: input features that share a scale; divides K.
+    scales: float32 [N, K / group_size].
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    group_size: int
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 [N, K]."""
+        rows, columns = self.shape
+        values = self.codebook[self.codes.to(torch.int64)].view(rows, -1, self.group_size)
+        return (values * self.scales.unsqueeze(-1)).view(rows, columns)
+
+
+# What a checkpoint may hold for a parameter.
+StoredWeight = Tensor | QuantizedTensor | Float8Tensor | CodebookTensor

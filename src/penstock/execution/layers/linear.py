@@ -83,6 +83,10 @@ def linear_kernel(
     """
     if options.native:
         return _native_kernel(parts, bias, options)
+    if options.triton:
+        from penstock.execution.layers.gpu_linear import gpu_linear_kernel
+
+        return gpu_linear_kernel(parts, bias, options)
     weight = _joined([as_float(part).to(options.device, options.dtype) for part in parts])
     bias = None if bias is None else bias.to(options.device, options.dtype)
     return PackedLinear(weight, bias) if packing_pays(weight) else PlainLinear(weight, bias)

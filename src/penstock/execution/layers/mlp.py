@@ -17,8 +17,9 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden_size, {"gate": intermediate_size, "up": intermediate_size}, bias=bias, options=options
         )
+        self.triton = options.triton
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias=bias, options=options)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        output: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x), triton=self.triton))
         return output

@@ -20,8 +20,19 @@ class RMSNorm(nn.Module):
         self.weight = Weight((size,), options)
         self.eps = eps
         self.shape = (size,)
+        self.triton = options.triton
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """With `delta`, it is added to `x` first, in place."""
+        if self.triton:
+            from penstock.execution.kernels.triton.rows import add_rms_norm as fused_norm
+            from penstock.execution.kernels.triton.rows import rms_norm as triton_norm
+
+            if delta is None:
+                return triton_norm(x, self.weight, self.eps)
+            return fused_norm(x, delta, self.weight, self.eps)
+        if delta is not None:
+            x.add_(delta)
         if x.dtype == torch.float32 and x.device.type == "cpu" and native_available():
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.shape, self.weight, self.eps)

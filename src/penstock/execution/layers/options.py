@@ -14,13 +14,15 @@ class LayerOptions:
     """Handed from the model down to every layer.
 
     dtype: the type of activations, and of weights that torch computes with. Float32 with native kernels.
-    native: linear layers run on the native CPU kernels. weight_dtype: the type in which they keep float weights; None: as the checkpoint
-    stores them, which loses nothing. bf16_arithmetic: they may use the processor's bfloat16 units.
+    native: linear layers run on the native CPU kernels. triton: layers run on Triton kernels where there is one.
+    weight_dtype: the type in which native layers keep float weights; None: as the checkpoint stores them, which loses
+    nothing. bf16_arithmetic: they may use the processor's bfloat16 units.
     """
 
     dtype: torch.dtype
     device: torch.device
     attention_backend: AttentionBackend
     native: bool = False
+    triton: bool = False
     weight_dtype: torch.dtype | None = None
     bf16_arithmetic: bool = False

@@ -103,6 +103,30 @@ class RotaryEmbedding(nn.Module):
         return 1.0 / base**exponent
 
 
+class Rotation:
+    """The rotation of one step's tokens, shared by all layers.
+
+    positions: int64 [T]. `cos_sin`: what `RotaryEmbedding` gives for them, computed when it is first asked for. `table`: cosines and sines
+    of all positions up to the longest asked for so far, for kernels that look them up (see `RotaryEmbedding.table`); long enough for
+    `positions` only if the model was prepared for its longest context.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding, positions: Tensor) -> None:
+        self.positions = positions
+        self._rotary = rotary
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
+        if self._cos_sin is None:
+            self._cos_sin = self._rotary(self.positions)
+        return self._cos_sin
+
+    @property
+    def table(self) -> Tensor:
+        return self._rotary.table(0)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [T, heads, D] by `RotaryEmbedding`'s cos and sin [T, 1, D]."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # [x2 | x1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.execution.kernels.linear import NativeLinear
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
 from penstock.execution.layers.options import LayerOptions
 
 # What a tensor is for, which decides how it may be rounded: the weight of a linear layer, that of the output head (also when it is the
@@ -62,6 +62,6 @@ class Weight(nn.Parameter):
         self.data.copy_(as_float(value))
 
 
-def as_float(value: Tensor | QuantizedTensor) -> Tensor:
+def as_float(value: StoredWeight) -> Tensor:
     """A float tensor as it is; float32 of a quantised one."""
-    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+    return value if isinstance(value, Tensor) else value.dequantize()

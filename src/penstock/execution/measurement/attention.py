@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.execution.attention.backend import AttentionBackend, KVCache, get_attention_backend
+from penstock.execution.attention.backend import AttentionBackend, KVCache, KVCacheSpec, get_attention_backend
 from penstock.execution.attention.context import AttentionMetadata
 from penstock.execution.measurement.timing import Case, Run, copies_needed, rotation
 
@@ -52,7 +52,7 @@ def _run(backend: AttentionBackend, query: Tensor, step: tuple[int, int, int], k
     head_dim = query.shape[2]
     blocks = context // BLOCK_SIZE
     dtype = KV_TYPES[kv_type]
-    nbytes = requests * blocks * backend.bytes_per_block(BLOCK_SIZE, kv_heads, head_dim, dtype)
+    nbytes = requests * blocks * backend.bytes_per_block(KVCacheSpec(BLOCK_SIZE, kv_heads, head_dim, dtype, dtype))
     first = _filled(backend, requests * blocks, kv_heads, head_dim, dtype)
     copies = copies_needed(nbytes) if tokens == 1 else 1
     caches = [first, *(KVCache(*(t.clone() for t in first.tensors)) for _ in range(copies - 1))]
@@ -62,7 +62,8 @@ def _run(backend: AttentionBackend, query: Tensor, step: tuple[int, int, int], k
 
 
 def _filled(backend: AttentionBackend, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
-    cache = backend.allocate_kv_cache(blocks, BLOCK_SIZE, kv_heads, head_dim, dtype, torch.device("cpu"))
+    spec = KVCacheSpec(BLOCK_SIZE, kv_heads, head_dim, dtype, dtype)
+    cache = backend.allocate_kv_cache(blocks, spec, torch.device("cpu"))
     slots = torch.arange(blocks * BLOCK_SIZE)
     key, value = torch.randn(2, len(slots), kv_heads, head_dim).unbind()
     stored = torch.float32 if dtype == torch.int8 else dtype

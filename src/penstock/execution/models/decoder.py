@@ -14,7 +14,7 @@ from penstock.execution.layers.embedding import LMHead, VocabEmbedding
 from penstock.execution.layers.linear import Linear
 from penstock.execution.layers.norm import RMSNorm
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.rotary import RotaryEmbedding
+from penstock.execution.layers.rotary import RotaryEmbedding, Rotation
 from penstock.execution.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
         self.mlp = mlp
 
-    def forward(self, residual: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Add this layer's contribution to `residual` [T, hidden_size], in place."""
-        residual.add_(self.self_attn(self.input_layernorm(residual), cos, sin))
-        residual.add_(self.mlp(self.post_attention_layernorm(residual)))
+    def forward(self, residual: Tensor, delta: Tensor | None, rotation: Rotation) -> Tensor:
+        """residual [T, hidden_size] and what is still to be added to it, the last layer's result (None in the first layer) → this
+        layer's result. Whatever was to be added is added in place, in one pass with the norm that reads the sum."""
+        attended = self.self_attn(self.input_layernorm(residual, delta), rotation)
+        output: Tensor = self.mlp(self.post_attention_layernorm(residual, attended))
+        return output
 
 
 class Decoder(nn.Module):
@@ -57,10 +59,10 @@ class Decoder(nn.Module):
         residual: Tensor = self.embed_tokens(input_ids)
         if self.native is not None:
             return self.native(residual, positions)
-        cos, sin = self.rotary(positions)
+        rotation, delta = Rotation(self.rotary, positions), None
         for layer in self.layers:
-            layer(residual, cos, sin)
-        hidden: Tensor = self.norm(residual)
+            delta = layer(residual, delta, rotation)
+        hidden: Tensor = self.norm(residual, delta)
         return hidden
 
     def run_natively(self, config: ModelConfig) -> None:
@@ -75,9 +77,12 @@ class CausalLM(nn.Module):
 
     `packed_modules`: for each module of a checkpoint that is a part of one of ours, which one and as which shard.
     `native_layers`: the layers compute exactly what csrc/decoder.cpp does, with parts of the same names.
+    `wide_keys`: keys of this architecture do not bear rounding to 8 bits, so that --kv-cache-dtype rounds values only, where the
+    attention backend can do that.
     """
 
     native_layers: ClassVar[bool] = False
+    wide_keys: ClassVar[bool] = False
 
     packed_modules: ClassVar[Mapping[str, tuple[str, str]]] = {
         "q_proj": ("qkv_proj", "q"),

@@ -8,7 +8,7 @@ from penstock.execution.layers.attention import Attention
 from penstock.execution.layers.linear import QKVParallelLinear, RowParallelLinear
 from penstock.execution.layers.mlp import GatedMLP
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.rotary import apply_rotary
+from penstock.execution.layers.rotary import Rotation
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.decoder import CausalLM, DecoderLayer
 
@@ -28,14 +28,16 @@ class LlamaAttention(nn.Module):
             self.num_heads * self.head_dim, config.hidden_size, bias=o_bias, options=options
         )
         self.attn = Attention(
-            layer_index, self.head_dim, sliding_window=config.sliding_windows[layer_index], options=options
+            layer_index,
+            self.num_kv_heads,
+            self.head_dim,
+            sliding_window=config.sliding_windows[layer_index],
+            options=options,
         )
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 * KVH, D]
-        rotated = apply_rotary(heads[:, : -self.num_kv_heads], cos, sin)  # queries and keys at once
-        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        output: Tensor = self.o_proj(self.attn(query, key, heads[:, -self.num_kv_heads :]))
+        output: Tensor = self.o_proj(self.attn(heads, rotation))
         return output
 
 

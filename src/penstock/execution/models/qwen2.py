@@ -17,6 +17,8 @@ def make_qwen2_layer(config: ModelConfig, layer_index: int, options: LayerOption
 
 class Qwen2ForCausalLM(CausalLM):
     native_layers = True
+    # The biases of its keys make a few of their numbers very large; with all keys in 8 bits perplexity collapses.
+    wide_keys = True
 
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         super().__init__(config, make_qwen2_layer, options)

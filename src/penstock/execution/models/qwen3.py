@@ -9,7 +9,7 @@ from penstock.execution.layers.linear import QKVParallelLinear, RowParallelLinea
 from penstock.execution.layers.mlp import GatedMLP
 from penstock.execution.layers.norm import RMSNorm
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.rotary import apply_rotary
+from penstock.execution.layers.rotary import Rotation
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.decoder import CausalLM, DecoderLayer
 
@@ -28,15 +28,16 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, options)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, options)
         self.attn = Attention(
-            layer_index, self.head_dim, sliding_window=config.sliding_windows[layer_index], options=options
+            layer_index,
+            self.num_kv_heads,
+            self.head_dim,
+            sliding_window=config.sliding_windows[layer_index],
+            options=options,
         )
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 * KVH, D]
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        query = apply_rotary(self.q_norm(query), cos, sin)
-        key = apply_rotary(self.k_norm(key), cos, sin)
-        output: Tensor = self.o_proj(self.attn(query, key, value))
+        output: Tensor = self.o_proj(self.attn(heads, rotation, self.q_norm, self.k_norm))
         return output
 
 

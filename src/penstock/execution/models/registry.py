@@ -7,12 +7,20 @@ import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from penstock.core.config import EngineConfig
-from penstock.execution.attention.backend import AttentionBackend, cache_dtype, get_attention_backend
+from penstock.execution.attention.backend import (
+    AttentionBackend,
+    KVCacheSpec,
+    cache_spec,
+    check_cache,
+    get_attention_backend,
+)
 from penstock.execution.kernels.native import native_available
+from penstock.execution.kernels.triton.support import triton_runs_on
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.decoder import CausalLM
@@ -44,8 +52,8 @@ ARCHITECTURES = {
 class LoadedModel:
     """A model ready to run.
 
-    attention_backend: the one that its layers call; KV caches come from it. activation_dtype: the type of hidden states, and of keys and
-    values on their way to the cache.
+    attention_backend: the one that its layers call; KV caches come from it, one of `cache_spec` per layer.
+    activation_dtype: the type of hidden states, and of keys and values on their way to the cache.
     weight_dtype: the type in which weights that are not quantised are kept.
     quantization: in which precision weights are, such as 'int4 group 32, head int8'; 'none' when all are floats.
     model_hash: sha256 over config.json, the names and sizes of the weight files and `quantization`; with dummy weights 'dummy', the seed
@@ -58,6 +66,7 @@ class LoadedModel:
     model: CausalLM
     config: ModelConfig
     attention_backend: AttentionBackend
+    cache_spec: KVCacheSpec
     activation_dtype: torch.dtype
     weight_dtype: torch.dtype
     quantization: str
@@ -82,7 +91,7 @@ def load_model(
     """
     model_config = ModelConfig.from_folder(folder)
     check_quantization(config, model_config, folder)
-    options = _layer_options(config, model_config, device, dtype)
+    options, spec = _layer_options(config, model_config, device, dtype)
     model = build_model(model_config, options)
     dummy = config.load_format == "dummy"
     files = [] if dummy else checkpoint_files(folder)
@@ -109,6 +118,7 @@ def load_model(
         model=model,
         config=model_config,
         attention_backend=options.attention_backend,
+        cache_spec=spec,
         activation_dtype=options.dtype,
         weight_dtype=(options.weight_dtype or model_config.dtype) if options.native else options.dtype,
         quantization=quantization,
@@ -121,27 +131,48 @@ def load_model(
 
 def build_model(config: ModelConfig, options: LayerOptions) -> CausalLM:
     """The model for `config` with uninitialised weights."""
-    module_name, class_name = ARCHITECTURES[config.model_type].split(":")
-    model: CausalLM = getattr(import_module(module_name), class_name)(config, options)
+    model: CausalLM = _architecture(config)(config, options)
     return model.eval()
 
 
-def _layer_options(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> LayerOptions:
-    native = device.type == "cpu" and native_available()
-    return LayerOptions(
-        dtype=torch.float32 if native else dtype,
-        device=device,
-        attention_backend=get_attention_backend(
-            config.attention_backend,
-            device,
+def _architecture(config: ModelConfig) -> Any:
+    """The class of the model, a CausalLM that is made from config and options."""
+    module_name, class_name = ARCHITECTURES[config.model_type].split(":")
+    return getattr(import_module(module_name), class_name)
+
+
+def _layer_options(
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[LayerOptions, KVCacheSpec]:
+    """How layers are built, and what a KV cache of one of them holds."""
+    native = device.type == "cpu" and native_available() and config.attention_backend != "triton"
+    activation_dtype = torch.float32 if native else dtype
+    wide_keys: bool = _architecture(model).wide_keys and not native
+
+    def spec_for(arithmetic: torch.dtype) -> KVCacheSpec:
+        return cache_spec(
+            config.kv_cache_dtype,
+            arithmetic,
             block_size=config.block_size,
+            num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            kv_dtype=cache_dtype(config.kv_cache_dtype, dtype),
-        ),
+            wide_keys=wide_keys,
+        )
+
+    backend = get_attention_backend(config.attention_backend, device, spec=spec_for(dtype), arithmetic=activation_dtype)
+    # Native attention converts from any type; torch's computes in the cache's type, so that keys and values must have it.
+    spec = spec_for(activation_dtype if backend.name == "torch" else dtype)
+    check_cache(backend, spec, activation_dtype)
+    options = LayerOptions(
+        dtype=activation_dtype,
+        device=device,
+        attention_backend=backend,
         native=native,
+        triton=backend.name == "triton" or (device.type == "cuda" and triton_runs_on(device)),
         weight_dtype=dtype if native and dtype != torch.float32 else None,
         bf16_arithmetic=native and dtype == torch.bfloat16,
     )
+    return options, spec
 
 
 def _weight_cache(config: EngineConfig, options: LayerOptions, folder: Path, files: list[Path]) -> WeightCache | None:

@@ -20,7 +20,7 @@ from penstock.core.errors import IntegrityError
 from penstock.core.types import ModelInfo, SamplingParams
 from penstock.engine.executor import KVCapacity, StepHandle
 from penstock.engine.step import CachedRequest, NewRequest, RunnerOutput, SchedulerOutput
-from penstock.execution.attention.backend import cache_dtype
+from penstock.execution.attention.backend import KVCacheSpec
 from penstock.execution.kernels.native import isa, native_available, set_threads, unavailable_reason
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.registry import LoadedModel, load_model
@@ -28,6 +28,7 @@ from penstock.execution.runner.batch import PersistentBatch
 from penstock.execution.runner.cpus import bind_to_cpus
 from penstock.execution.runner.kv_memory import (
     KVPlan,
+    activation_bytes,
     allocate_kv_caches,
     free_host_memory,
     free_memory,
@@ -95,22 +96,22 @@ class UniProcessExecutor:
             self.config = resolve_model_limits(self.config, ModelConfig.from_folder(folder))
             dtype = torch_dtype(self.config.dtype)
             loaded = load_model(self.config, folder, self._device, dtype, progress)
-            dtype = _cache_arithmetic(loaded, dtype)
         with self._phase("kv cache"):
             self._plan = plan_kv_memory(
                 self.config,
                 loaded.config,
                 loaded.attention_backend,
-                dtype,
+                loaded.cache_spec,
                 free_bytes=free_bytes,
                 weight_bytes=loaded.weight_bytes,
+                step_bytes=activation_bytes(self.config, loaded.config, dtype),
                 free_host_bytes=free_host_memory(),
             )
-            self._runner: ModelRunner | None = _make_runner(self.config, loaded, self._plan, dtype, self._device)
+            self._runner: ModelRunner | None = _make_runner(self.config, loaded, self._plan, self._device)
         self._capacity = KVCapacity(
             self._plan.num_blocks, self.config.block_size, self._plan.bytes_per_block, self._plan.num_host_blocks
         )
-        self._model_info = _model_info(self.config, loaded, self._plan, dtype)
+        self._model_info = _model_info(self.config, loaded, self._plan)
         with self._phase("warm-up"):
             self._warm_up()
         if loaded.pending_cache is not None:
@@ -175,16 +176,10 @@ class UniProcessExecutor:
                 logger.warning("the warm-up request failed: %s", error)
 
 
-def _cache_arithmetic(loaded: LoadedModel, dtype: torch.dtype) -> torch.dtype:
-    """The type that a KV cache has when nothing else is asked for. Native attention converts from any; torch's computes in the cache's
-    type, so that keys and values must have it."""
-    return dtype if loaded.attention_backend.name == "native" else loaded.activation_dtype
-
-
-def _make_runner(
-    config: EngineConfig, loaded: LoadedModel, plan: KVPlan, dtype: torch.dtype, device: torch.device
-) -> ModelRunner:
-    kv_caches, host_caches = allocate_kv_caches(plan, config, loaded.config, loaded.attention_backend, dtype, device)
+def _make_runner(config: EngineConfig, loaded: LoadedModel, plan: KVPlan, device: torch.device) -> ModelRunner:
+    kv_caches, host_caches = allocate_kv_caches(
+        plan, loaded.cache_spec, loaded.config.num_layers, loaded.attention_backend, device
+    )
     max_slots = _SLOTS_PER_SEQ * config.max_num_seqs
     return ModelRunner(
         loaded.model,
@@ -197,7 +192,7 @@ def _make_runner(
     )
 
 
-def _model_info(config: EngineConfig, loaded: LoadedModel, plan: KVPlan, dtype: torch.dtype) -> ModelInfo:
+def _model_info(config: EngineConfig, loaded: LoadedModel, plan: KVPlan) -> ModelInfo:
     model = loaded.config
     return ModelInfo(
         architecture=model.architecture,
@@ -217,10 +212,16 @@ def _model_info(config: EngineConfig, loaded: LoadedModel, plan: KVPlan, dtype: 
         max_num_batched_tokens=config.max_num_batched_tokens,
         attention_backend=loaded.attention_backend.name,
         weights=loaded.quantization if loaded.quantization != "none" else _name(loaded.weight_dtype),
-        kv_cache_dtype=_name(cache_dtype(config.kv_cache_dtype, dtype)),
+        kv_cache_dtype=_cache_name(loaded.cache_spec),
         kernels=_kernels(config.device),
         threads=config.threads if config.device == "cpu" else 0,
     )
+
+
+def _cache_name(spec: KVCacheSpec) -> str:
+    """The type of keys and values, or 'bfloat16 keys, float8_e4m3fn values'."""
+    key, value = _name(spec.key_dtype), _name(spec.value_dtype)
+    return value if key == value else f"{key} keys, {value} values"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
-from penstock.execution.attention.backend import AttentionBackend, KVCache, cache_dtype, check_cache_dtype
+from penstock.execution.attention.backend import AttentionBackend, KVCache, KVCacheSpec
 from penstock.execution.models.config import ModelConfig
 
 GIB = 2**30
@@ -91,20 +91,18 @@ def plan_kv_memory(
     config: EngineConfig,
     model: ModelConfig,
     backend: AttentionBackend,
-    dtype: torch.dtype,
+    spec: KVCacheSpec,
     *,
     free_bytes: int,
     weight_bytes: int,
+    step_bytes: int,
     free_host_bytes: int,
 ) -> KVPlan:
-    """Size the cache. `config` is resolved. `free_bytes`: free on the device before the weights were loaded; `free_host_bytes`: free in
-    main memory now. Raises ConfigError when no useful request fits, or the host tier does not."""
+    """Size the cache. `config` is resolved; `spec`: a layer's. `free_bytes`: free on the device before the weights were loaded;
+    `step_bytes`: what a full step takes beside weights and cache; `free_host_bytes`: free in main memory now. Raises ConfigError when no
+    useful request fits, or the host tier does not."""
     block_size = config.block_size
-    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
-    check_cache_dtype(backend, kv_dtype, dtype)
-    bytes_per_block = model.num_layers * backend.bytes_per_block(
-        block_size, model.num_kv_heads, model.head_dim, kv_dtype
-    )
+    bytes_per_block = model.num_layers * backend.bytes_per_block(spec)
     blocks_per_request = -(-config.max_model_len // block_size)
     wanted = -(-min(config.max_model_len, MIN_REQUEST_TOKENS) // block_size)
     if config.kv_cache_gib:
@@ -118,7 +116,7 @@ def plan_kv_memory(
             )
     else:
         share = int(config.memory_utilization * free_bytes)
-        room = share - weight_bytes - activation_bytes(config, model, dtype)
+        room = share - weight_bytes - step_bytes
         num_blocks = min(room // bytes_per_block, KV_CAP_FACTOR * config.max_num_seqs * blocks_per_request)
         fix = "raise --memory-utilization, lower --max-num-batched-tokens, or take a smaller model"
     if num_blocks < wanted:
@@ -135,20 +133,13 @@ def plan_kv_memory(
 
 
 def allocate_kv_caches(
-    plan: KVPlan,
-    config: EngineConfig,
-    model: ModelConfig,
-    backend: AttentionBackend,
-    dtype: torch.dtype,
-    device: torch.device,
+    plan: KVPlan, spec: KVCacheSpec, num_layers: int, backend: AttentionBackend, device: torch.device
 ) -> tuple[list[KVCache], list[KVCache]]:
     """KV caches of the device and, if there is a host tier, of the host: one per layer each."""
-    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
-    shape = (config.block_size, model.num_kv_heads, model.head_dim, kv_dtype, device)
-    device_caches = [backend.allocate_kv_cache(plan.num_blocks, *shape) for _ in range(model.num_layers)]
+    device_caches = [backend.allocate_kv_cache(plan.num_blocks, spec, device) for _ in range(num_layers)]
     if not plan.num_host_blocks:
         return device_caches, []
-    return device_caches, [backend.allocate_host_cache(plan.num_host_blocks, *shape) for _ in range(model.num_layers)]
+    return device_caches, [backend.allocate_host_cache(plan.num_host_blocks, spec, device) for _ in range(num_layers)]
 
 
 def _mib(size: int) -> str:
