@@ -56,7 +56,8 @@ class _AbsentGPU:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps compiled kernels by device: each capability is one of its own.
+        return self._capability
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0

@@ -1,7 +1,7 @@
 """The protocol of an attention backend, and the registry of those that exist.
 
-A backend owns the layout of the KV cache: nobody else looks inside a KVCache. Backends hold no state between calls, so one
-object serves all layers, and two objects of one backend work on each other's caches.
+A backend owns the layout of the KV cache: nobody else looks inside a KVCache. Backends hold nothing between calls but memory to work in,
+so one object serves all layers, and two objects of one backend work on each other's caches.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from penstock.core.errors import ConfigError
+from penstock.execution.attention.packages import installed_packages
 from penstock.execution.kernels.native import native_available, unavailable_reason
 from penstock.execution.kernels.triton.support import triton_runs_on, triton_unavailable_reason
 
@@ -169,6 +170,9 @@ _BACKENDS = {
     "triton": "penstock.execution.attention.triton_paged:TritonPagedAttention",
 }
 
+# Those whose attention comes from a package for GPUs; keys and values are written by our Triton kernels.
+_FROM_PACKAGES = ("flash-attention", "flashinfer")
+
 _CACHE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -179,27 +183,42 @@ _CACHE_DTYPES = {
 
 
 def get_attention_backend(
-    name: str, device: torch.device, *, spec: KVCacheSpec | None = None, arithmetic: torch.dtype | None = None
+    name: str,
+    device: torch.device,
+    *,
+    spec: KVCacheSpec | None = None,
+    arithmetic: torch.dtype | None = None,
+    num_heads: int | None = None,
+    graphs: bool = True,
 ) -> AttentionBackend:
-    """The backend called `name`; 'auto' takes the first of those made for `device` that can do a cache of `spec` with queries of type
-    `arithmetic`; torch's operators when none can or either is unknown.
+    """The backend called `name`. 'auto' takes, of those made for `device` that can do a cache of `spec` with queries of type `arithmetic`,
+    the fastest (choice.py says how that is found out, and logs it); torch's operators when none can or either is unknown.
 
-    Raises ConfigError for an unknown name and for one that cannot run here.
+    num_heads: query heads; without it 'auto' measures nothing. graphs: decode steps are to be recorded in CUDA graphs, where there are
+    any. Raises ConfigError for an unknown name and for one that cannot run here.
     """
     if name == "auto":
-        candidates = []
+        chosen = None
         if spec is not None and arithmetic is not None:
-            candidates = [_make(name) for name in _preferred(device)]
-            candidates = [backend for backend in candidates if backend.unsupported(spec, arithmetic) is None]
-        return candidates[0] if candidates else _make("torch")
+            chosen = _choose(device, spec, arithmetic, num_heads, graphs)
+        return make_backend("torch") if chosen is None else chosen
     if name not in _BACKENDS:
         raise ConfigError(f"--attention-backend {name!r} is unknown; supported: auto, {', '.join(sorted(_BACKENDS))}.")
     if name == "native" and not (device.type == "cpu" and native_available()):
         reason = unavailable_reason() if device.type == "cpu" else "they run on a CPU only"
         raise ConfigError(f"--attention-backend native: there are no native CPU kernels ({reason}); use auto.")
-    if name == "triton" and not triton_runs_on(device):
-        raise ConfigError(f"--attention-backend triton: {triton_unavailable_reason(device)}; use auto.")
-    return _make(name)
+    if name in _FROM_PACKAGES and device.type != "cuda":
+        raise ConfigError(f"--attention-backend {name} runs on a GPU only; use auto.")
+    if name in ("triton", *_FROM_PACKAGES) and not triton_runs_on(device):
+        raise ConfigError(f"--attention-backend {name}: {triton_unavailable_reason(device)}; use auto.")
+    try:
+        return make_backend(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        if name not in _FROM_PACKAGES:
+            raise
+        raise ConfigError(
+            f"--attention-backend {name}: its package cannot be used ({type(error).__name__}: {error}); use auto."
+        ) from error
 
 
 def cache_spec(
@@ -212,9 +231,10 @@ def cache_spec(
     wide_keys: bool = False,
 ) -> KVCacheSpec:
     """The cache that the setting kv_cache_dtype means for a model that computes in `arithmetic`. wide_keys: keys stay in the type of the
-    arithmetic, whatever values are kept in."""
+    arithmetic where values are kept in 8 bits."""
     dtype = cache_dtype(setting, arithmetic)
-    return KVCacheSpec(block_size, num_kv_heads, head_dim, arithmetic if wide_keys else dtype, dtype)
+    key_dtype = arithmetic if wide_keys and dtype.itemsize == 1 else dtype
+    return KVCacheSpec(block_size, num_kv_heads, head_dim, key_dtype, dtype)
 
 
 def cache_dtype(setting: str, arithmetic: torch.dtype) -> torch.dtype:
@@ -229,14 +249,45 @@ def check_cache(backend: AttentionBackend, spec: KVCacheSpec, arithmetic: torch.
         raise ConfigError(f"--attention-backend {backend.name} cannot do this KV cache: {reason}.")
 
 
-def _preferred(device: torch.device) -> list[str]:
-    """Backends made for `device` that can run, the fastest first."""
-    if device.type == "cpu":
-        return ["native"] if native_available() else []
-    return ["triton"] if triton_runs_on(device) else []
-
-
-def _make(name: str) -> AttentionBackend:
+def backend_class(name: str) -> Any:
+    """The class of the backend called `name`, made without arguments. Raises whatever importing its module raises."""
     module_name, class_name = _BACKENDS[name].split(":")
-    backend: AttentionBackend = getattr(import_module(module_name), class_name)()
+    return getattr(import_module(module_name), class_name)
+
+
+def make_backend(name: str) -> AttentionBackend:
+    """A backend of the registry. Raises whatever the packages that it needs raise, and ConfigError when they are not there."""
+    backend: AttentionBackend = backend_class(name)()
     return backend
+
+
+def _choose(
+    device: torch.device, spec: KVCacheSpec, arithmetic: torch.dtype, num_heads: int | None, graphs: bool
+) -> AttentionBackend | None:
+    """The backend made for `device` that `auto` takes; None when there is none."""
+    if device.type == "cpu":
+        native = make_backend("native") if native_available() else None
+        return native if native is not None and native.unsupported(spec, arithmetic) is None else None
+    # Imported here because both build on this module.
+    from penstock.execution.attention.choice import choose_backend
+    from penstock.execution.attention.stopwatch import DeviceStopwatch
+
+    chosen = choose_backend(
+        _preferred(device),
+        device,
+        spec,
+        arithmetic,
+        num_heads=num_heads,
+        graphs=graphs,
+        make_stopwatch=DeviceStopwatch,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what was measured with, and what backends that were not chosen held
+    return chosen
+
+
+def _preferred(device: torch.device) -> list[str]:
+    """Backends for a GPU that may run on it: ours, then those whose packages are installed."""
+    if not triton_runs_on(device):
+        return []
+    return ["triton", *sorted({package.backend for package in installed_packages()})]

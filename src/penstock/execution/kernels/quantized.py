@@ -14,7 +14,7 @@ CodebookTensor: 4-bit indices into a table of 16 numbers.    weight[n, k] = code
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class QuantizedTensor:
     @property
     def zero_code(self) -> int:
         return 1 << (self.bits - 1)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Output features [start, stop) of the weight; a view."""
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], offsets=offsets)
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [N, K], input features in their own order."""
@@ -76,6 +81,12 @@ class Float8Tensor:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    def rows(self, start: int, stop: int) -> Float8Tensor:
+        """Output features [start, stop) of the weight, a view. All of them are of one block, or `start` is the first of one."""
+        height = self.block[0]
+        scales = self.scales[start // height : -(-stop // height)]
+        return replace(self, codes=self.codes[start:stop], scales=scales)
+
     def dequantize(self) -> Tensor:
         """The weight, float32 [N, K]."""
         rows, columns = self.shape
@@ -88,17 +99,22 @@ class CodebookTensor:
     """One weight of N output and K input features whose 4-bit codes are looked up in a table, such as NF4.
 
     codes: uint8 [N, K], one code from 0 to 15 a byte. codebook: float32 [16]. group_size: input features that share a scale; divides K.
-    scales: float32 [N, K / group_size].
+    scales: float32 [N, K / group_size]. name: what the table is called.
     """
 
     codes: Tensor
     codebook: Tensor
     group_size: int
     scales: Tensor
+    name: str = "nf4"
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
+
+    def rows(self, start: int, stop: int) -> CodebookTensor:
+        """Output features [start, stop) of the weight; a view."""
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop])
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [N, K]."""
@@ -107,5 +123,8 @@ class CodebookTensor:
         return (values * self.scales.unsqueeze(-1)).view(rows, columns)
 
 
+# A matrix in fewer bits than floats take: whatever is no plain Tensor.
+CompactWeight = QuantizedTensor | Float8Tensor | CodebookTensor
+
 # What a checkpoint may hold for a parameter.
-StoredWeight = Tensor | QuantizedTensor | Float8Tensor | CodebookTensor
+StoredWeight = Tensor | CompactWeight

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.core.errors import IntegrityError
 from penstock.execution.kernels.linear import NativeLinear
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
 from penstock.execution.layers.linear import LinearKernel, PackedLinear, PlainLinear, linear_kernel, packing_pays
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.weight import Slot, Slots, as_float
@@ -25,6 +26,12 @@ class Table(Protocol):
     def nbytes(self) -> int: ...
 
     def __call__(self, input_ids: Tensor) -> Tensor: ...
+
+
+class RowLinear(LinearKernel, Protocol):
+    """A kernel whose weight can be looked up in: ids int64 [T] → rows [T, K] in `dtype`."""
+
+    def dequantize_rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 class PlainTable:
@@ -49,11 +56,23 @@ class PackedTable:
         return self.weight.dequantize_rows(input_ids)
 
 
+class GPUTable:
+    """A weight in the layout of the GPU's kernels, rows of which come in `dtype`. `shared`: as for PackedTable."""
+
+    def __init__(self, weight: RowLinear, dtype: torch.dtype, *, shared: bool) -> None:
+        self.weight = weight
+        self.dtype = dtype
+        self.nbytes = 0 if shared else weight.nbytes
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return self.weight.dequantize_rows(input_ids, self.dtype)
+
+
 class VocabEmbedding(nn.Module):
     """Token ids int64 [T] → vectors [T, hidden_size], a fresh tensor that the caller may change.
 
     The table keeps the type that the checkpoint stores it in, unless activations have a smaller one. Quantised tables are looked up as
-    they are where native kernels can.
+    they are where kernels can.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, options: LayerOptions) -> None:
@@ -93,7 +112,7 @@ class VocabEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.table(input_ids).to(self.options.dtype)
 
-    def _take(self, value: Tensor | QuantizedTensor) -> None:
+    def _take(self, value: StoredWeight) -> None:
         if self.head is not None:
             self._table = self.head.take_tied(value)
             return
@@ -102,16 +121,22 @@ class VocabEmbedding(nn.Module):
             if isinstance(weight, NativeLinear):
                 self._table = PackedTable(weight, shared=False)
                 return
+        if self.options.triton and not isinstance(value, Tensor):
+            from penstock.execution.layers.gpu_linear import lookup_kernel
+
+            if (kernel := lookup_kernel(value, self.options)) is not None:
+                self._table = GPUTable(kernel, self.options.dtype, shared=False)
+                return
         self._table = PlainTable(_smallest(as_float(value), self.options))
 
 
 class LMHead(nn.Module):
     """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]. With `tied_to`, the weight is the embedding's table.
 
-    A native head is looked up in as it is, so there is one table in memory. Torch's packed head is about twice as fast as a plain one
-    for small batches, but nothing can be looked up in it. So where the checkpoint is stored in half precision and arithmetic is float32,
-    lookups read a table of the stored type and the head has the float32 one for itself. Small tables are simply kept twice. Everywhere
-    else the two share one plain table.
+    A native head, and a quantised one on a GPU, is looked up in as it is, so there is one table in memory. Torch's packed head is about
+    twice as fast as a plain one for small batches, but nothing can be looked up in it. So where the checkpoint is stored in half precision
+    and arithmetic is float32, lookups read a table of the stored type and the head has the float32 one for itself. Small tables are simply
+    kept twice. Everywhere else the two share one plain table.
     """
 
     def __init__(
@@ -152,12 +177,18 @@ class LMHead(nn.Module):
         """Use a weight that was packed before."""
         self._kernel = weight
 
-    def take_tied(self, value: Tensor | QuantizedTensor) -> Table:
+    def take_tied(self, value: StoredWeight) -> Table:
         """Take the embedding's weight; returns the table for lookups."""
         if self.options.native:
             self._take(value)
             if isinstance(self._kernel, NativeLinear):
                 return PackedTable(self._kernel, shared=True)
+        if self.options.triton and not isinstance(value, Tensor):
+            from penstock.execution.layers.gpu_linear import lookup_kernel
+
+            if (kernel := lookup_kernel(value, self.options)) is not None:
+                self._kernel = kernel
+                return GPUTable(kernel, self.options.dtype, shared=True)
         stored = _smallest(as_float(value), self.options)
         weight = stored.to(self.options.dtype)
         if packing_pays(weight) and (stored.dtype != weight.dtype or weight.nbytes <= _SMALL_TABLE):
@@ -167,10 +198,12 @@ class LMHead(nn.Module):
         self._kernel = PlainLinear(weight, None)
         return PlainTable(weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.kernel(hidden).float()
+    def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """With `out`, float32 [M, vocab_size], the logits are written there."""
+        logits = self.kernel(hidden)
+        return logits.float() if out is None else out.copy_(logits)
 
-    def _take(self, value: Tensor | QuantizedTensor) -> None:
+    def _take(self, value: StoredWeight) -> None:
         self._kernel = linear_kernel([value], None, self.options)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from penstock.core.errors import IntegrityError
 from penstock.execution.kernels.linear import MAX_SEGMENTS, NativeLinear, PackedWeight, pack_float, pack_quantized
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.weight import Slot, Slots, as_float
+from penstock.execution.layers.weight import Slot, Slots, as_float, float_copy
 
 # Input features that share a scale: a multiple of this.
 _SMALLEST_GROUP = 16
@@ -73,13 +73,11 @@ class PackedLinear:
         return output
 
 
-def linear_kernel(
-    parts: Sequence[Tensor | QuantizedTensor], bias: Tensor | None, options: LayerOptions
-) -> LinearKernel:
+def linear_kernel(parts: Sequence[StoredWeight], bias: Tensor | None, options: LayerOptions) -> LinearKernel:
     """The fastest kernel for weights [N_i, K] whose outputs lie side by side, and their bias [sum N_i].
 
-    Native kernels keep every part in the precision that it has; consecutive parts of one kind become one weight. Torch's operators get
-    all parts in the type of activations.
+    Native kernels keep floats and integers in the precision that they have; consecutive parts of one kind become one weight. Torch's
+    operators get all parts in the type of activations.
     """
     if options.native:
         return _native_kernel(parts, bias, options)
@@ -92,9 +90,7 @@ def linear_kernel(
     return PackedLinear(weight, bias) if packing_pays(weight) else PlainLinear(weight, bias)
 
 
-def _native_kernel(
-    parts: Sequence[Tensor | QuantizedTensor], bias: Tensor | None, options: LayerOptions
-) -> NativeLinear:
+def _native_kernel(parts: Sequence[StoredWeight], bias: Tensor | None, options: LayerOptions) -> NativeLinear:
     segments = list(_segments([_computable(part, options) for part in parts]))
     if len(segments) > MAX_SEGMENTS:
         segments = [_joined([as_float(part).to(torch.float32) for part in segments])]
@@ -110,10 +106,13 @@ def _pack(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> PackedWeight
     return pack_quantized(weight, bias) if isinstance(weight, QuantizedTensor) else pack_float(weight, bias)
 
 
-def _computable(part: Tensor | QuantizedTensor, options: LayerOptions) -> Tensor | QuantizedTensor:
+def _computable(part: StoredWeight, options: LayerOptions) -> Tensor | QuantizedTensor:
     """The part as native kernels can compute with it; the same numbers, unless options ask for another float type."""
     if isinstance(part, Tensor):
         return part if options.weight_dtype is None else part.to(options.weight_dtype)
+    if not isinstance(part, QuantizedTensor):
+        # No native kernel computes with 8-bit floats or codebooks, and integers would round them again.
+        return float_copy(part, options.widened_dtype)
     # Kernels have offsets with groups only, so that one offset per output feature is spread over groups, for which there must be a size.
     rowwise = part.offsets is not None and part.group_size == part.shape[1]
     return part.dequantize() if rowwise and part.shape[1] % _SMALLEST_GROUP else part
@@ -191,7 +190,7 @@ class Linear(nn.Module):
         if shards:
             self._rows = {name: end - start for name, (start, end) in shards.items()}
         self._names = ("weight", "bias") if bias else ("weight",)
-        self._parts: dict[tuple[str, str | None], Tensor | QuantizedTensor] = {}
+        self._parts: dict[tuple[str, str | None], StoredWeight] = {}
         self._kernel: LinearKernel | None = None
 
     @property
@@ -230,7 +229,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x)
 
-    def _take(self, key: tuple[str, str | None], value: Tensor | QuantizedTensor) -> None:
+    def _take(self, key: tuple[str, str | None], value: StoredWeight) -> None:
         self._parts[key] = value
         if len(self._parts) == len(self._names) * len(self._rows):
             parts, self._parts = self._parts, {}

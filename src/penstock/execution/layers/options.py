@@ -16,7 +16,8 @@ class LayerOptions:
     dtype: the type of activations, and of weights that torch computes with. Float32 with native kernels.
     native: linear layers run on the native CPU kernels. triton: layers run on Triton kernels where there is one.
     weight_dtype: the type in which native layers keep float weights; None: as the checkpoint stores them, which loses
-    nothing. bf16_arithmetic: they may use the processor's bfloat16 units.
+    nothing. widened_dtype: the type that native layers turn 8-bit floats and codebooks into. bf16_arithmetic: they may use the
+    processor's bfloat16 units.
     """
 
     dtype: torch.dtype
@@ -25,4 +26,5 @@ class LayerOptions:
     native: bool = False
     triton: bool = False
     weight_dtype: torch.dtype | None = None
+    widened_dtype: torch.dtype = torch.float32
     bf16_arithmetic: bool = False

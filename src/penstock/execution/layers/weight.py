@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from penstock.execution.kernels.linear import NativeLinear
-from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
+from penstock.execution.kernels.quantized import CompactWeight, Float8Tensor, StoredWeight
 from penstock.execution.layers.options import LayerOptions
 
 # What a tensor is for, which decides how it may be rounded: the weight of a linear layer, that of the output head (also when it is the
 # embedding's table too), a table that is only looked up in, or a norm or bias.
 SlotRole = Literal["linear", "head", "table", "vector"]
+
+# Numbers that are float32 for a moment while a weight is converted.
+_CONVERTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Slot:
 
     shape: tuple[int, ...]
     role: SlotRole
-    fill: Callable[[Tensor | QuantizedTensor], None]
+    fill: Callable[[StoredWeight], None]
 
 
 # (name of the parameter, shard) → its slot. A shard is None where one tensor is all of the parameter.
@@ -58,10 +61,22 @@ class Weight(nn.Parameter):
         """The place for the one tensor that fills it."""
         return Slot(tuple(self.shape), "vector", self._fill)
 
-    def _fill(self, value: Tensor | QuantizedTensor) -> None:
+    def _fill(self, value: StoredWeight) -> None:
         self.data.copy_(as_float(value))
 
 
 def as_float(value: StoredWeight) -> Tensor:
     """A float tensor as it is; float32 of a quantised one."""
     return value if isinstance(value, Tensor) else value.dequantize()
+
+
+def float_copy(value: CompactWeight, dtype: torch.dtype) -> Tensor:
+    """A quantised weight [N, K] in `dtype`. Needs little memory besides the result, because rows are converted some at a time."""
+    rows, columns = value.shape
+    result = torch.empty(rows, columns, dtype=dtype, device=value.codes.device)
+    step = max(1, _CONVERTED_AT_ONCE // columns)
+    if isinstance(value, Float8Tensor) and value.block[0] < rows:
+        step = -(-step // value.block[0]) * value.block[0]
+    for start in range(0, rows, step):
+        result[start : start + step] = value.rows(start, min(rows, start + step)).dequantize()
+    return result
