@@ -28,7 +28,7 @@ SELF = "self"
 _HELD_OUT_SHARE = 0.1
 
 # quantize.SCHEMES, written out because importing them would import torch for `--help`; a test compares the two.
-SCHEME_NAMES = ("int8", "int4-rtn", "int4-awq", "int4-gptq")
+SCHEME_NAMES = ("int8", "fp8", "int4-rtn", "int4-awq", "int4-gptq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Texts:
     "scheme_name",
     type=click.Choice(SCHEME_NAMES),
     required=True,
-    help="int8: weights and activations, one scale per output feature and per token. int4-*: weights only, one scale per group, chosen by "
-    "rounding to the nearest, by AWQ or by GPTQ.",
+    help="int8, fp8: weights and activations in 8-bit integers or floats (fp8 is for GPUs), one scale per output feature and per token. "
+    "int4-*: weights only, one scale per group, chosen by rounding to the nearest, by AWQ or by GPTQ.",
 )
 @click.option(
     "--group-size",

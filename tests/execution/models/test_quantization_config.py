@@ -25,6 +25,28 @@ WEIGHTS: dict[str, Any] = {
     "dynamic": False,
     "actorder": None,
 }
+FLOATS: dict[str, Any] = WEIGHTS | {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
+FLOAT_INPUTS: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
+FP8: dict[str, Any] = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["lm_head"],
+}
+NF4: dict[str, Any] = {
+    "quant_method": "bitsandbytes",
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_threshold": 6.0,
+    "llm_int8_skip_modules": None,
+}
 DYNAMIC: dict[str, Any] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
@@ -64,6 +86,34 @@ def read(folder: Path, section: Any, name: str = "quantization_config") -> Check
             compressed(weights=WEIGHTS | {"num_bits": 8, "strategy": "channel", "group_size": None}, inputs=DYNAMIC),
             CheckpointQuantization(method="compressed-tensors", bits=8),
         ),
+        (FP8, CheckpointQuantization(method="fp8", bits=8, codes="fp8", block=(128, 128))),
+        (
+            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+            CheckpointQuantization(method="fp8", bits=8, codes="fp8", block=(128, 128)),
+        ),
+        (
+            compressed(weights=FLOATS, inputs=FLOAT_INPUTS, format="float-quantized"),
+            CheckpointQuantization(method="compressed-tensors", bits=8, codes="fp8"),
+        ),
+        (
+            compressed(
+                weights=FLOATS | {"strategy": "tensor"}, inputs=FLOAT_INPUTS | {"strategy": "tensor", "dynamic": False}
+            ),
+            CheckpointQuantization(method="compressed-tensors", bits=8, codes="fp8"),
+        ),
+        (
+            compressed(weights=FLOATS | {"strategy": "block", "block_structure": [64, 128]}, inputs=FLOAT_INPUTS),
+            CheckpointQuantization(method="compressed-tensors", bits=8, codes="fp8", block=(64, 128)),
+        ),
+        (
+            compressed(config_groups={"a": {"weights": WEIGHTS}, "b": {"weights": FLOATS}}, format="mixed-precision"),
+            CheckpointQuantization(method="compressed-tensors", codes="mixed"),
+        ),
+        (NF4, CheckpointQuantization(method="bitsandbytes", bits=4, group_size=64, codes="codebook")),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
+            CheckpointQuantization(method="bitsandbytes", bits=8),
+        ),
     ],
 )
 def test_what_is_read(tmp_path: Path, section: Any, expected: CheckpointQuantization | None) -> None:
@@ -87,7 +137,14 @@ def test_older_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"quant_method": "fp8"}, r"config\.json: quantization_config\.quant_method: 'fp8' is not supported; supported: awq, gptq"),
+        ({"quant_method": "hqq"}, r"config\.json: quantization_config\.quant_method: 'hqq' is not supported; supported: awq, gptq"),
+        (FP8 | {"fmt": "e5m2"}, r"fmt: 'e5m2' is not supported"),
+        (FP8 | {"activation_scheme": "mixed"}, r"activation_scheme: 'mixed' is not supported"),
+        (FP8 | {"weight_block_size": [128]}, r"weight_block_size: must be two integers above 0"),
+        (FP8 | {"weight_block_size": [0, 128]}, r"weight_block_size: must be two integers above 0"),
+        (FP8 | {"kv_cache_scheme": {"num_bits": 8}}, r"kv_cache_scheme: a quantised KV cache"),
+        (NF4 | {"load_in_4bit": False, "_load_in_4bit": False}, r"load_in_4bit: neither load_in_4bit nor load_in_8bit is true"),
+        (NF4 | {"bnb_4bit_quant_type": "af4"}, r"bnb_4bit_quant_type: 'af4' is not supported; supported: nf4, fp4"),
         ({}, r"quant_method: is missing"),
         (AWQ | {"version": "gemv"}, r"version: 'gemv' is not supported"),
         (AWQ | {"bits": 3}, r"bits: 3 is not supported"),
@@ -95,7 +152,10 @@ def test_older_places(tmp_path: Path) -> None:
         (GPTQ | {"bits": 3}, r"bits: 3 is not supported; supported: 4 and 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format: 'marlin' is not supported"),
         (GPTQ | {"group_size": 0}, r"group_size: must be above 0"),
-        (compressed(format="float-quantized"), r"format: 'float-quantized' is not supported"),
+        (compressed(weights=FLOATS | {"num_bits": 4}), r"num_bits: 4 bits of type 'float' are not supported"),
+        (compressed(weights=FLOATS | {"strategy": "block"}), r"weights\.block_structure: must be two integers"),
+        (compressed(weights=FLOATS, inputs=DYNAMIC), r"group_0\.input_activations: only 8-bit floats"),
+        (compressed(weights=FLOATS, inputs=FLOAT_INPUTS | {"dynamic": False}), r"input_activations\.strategy: a fixed scale must be one"),
         (compressed(format="nvfp4-pack-quantized"), r"format: 'nvfp4-pack-quantized' is not supported"),
         (compressed(quantization_status="frozen"), r"quantization_status: must be 'compressed'"),
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), r"sparsity_config: sparse weights"),

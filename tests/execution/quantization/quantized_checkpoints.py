@@ -113,17 +113,36 @@ def write_quantized(
 
     Returns those weights, float64, by name.
     """
+
+    def random(weight: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        size = group_size or columns
+        numbers = random_numbers(rows, columns, size, bits, symmetric=symmetric, scattered=scattered, seed=seed)
+        return parts(numbers, bits), numbers.weight()
+
+    return write_replaced(folder, section, random, **shape)
+
+
+def write_replaced(
+    folder: Path,
+    section: dict[str, Any],
+    quantize: Callable[[Tensor, int], tuple[dict[str, Tensor], Tensor]],
+    *,
+    kept: str = "lm_head",
+    **shape: Any,
+) -> dict[str, Tensor]:
+    """Like `write_quantized`; `quantize` takes each weight and its number, and gives the parts of it and what they stand for, float64.
+
+    kept: modules with this in their name stay as they are.
+    """
     write_tiny_checkpoint(folder, **shape)
     tensors = load_file(folder / "model.safetensors")
     expected = {name: tensor.double() for name, tensor in tensors.items()}
-    for seed, name in enumerate(name for name in list(tensors) if name.endswith("_proj.weight")):
-        rows, columns = tensors.pop(name).shape
-        numbers = random_numbers(
-            rows, columns, group_size or columns, bits, symmetric=symmetric, scattered=scattered, seed=seed
-        )
-        expected[name] = numbers.weight()
+    linears = [name for name in tensors if name.endswith("_proj.weight") and kept not in name]
+    for seed, name in enumerate(linears):
+        parts, expected[name] = quantize(tensors.pop(name), seed)
         module = name.removesuffix(".weight")
-        tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts(numbers, bits).items()}
+        tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(tensors, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from penstock.core.errors import ConfigError, ModelFormatError
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import Float8Tensor, QuantizedTensor
+from penstock.execution.layers.weight import as_float
+from penstock.execution.models.config import ModelConfig
+from penstock.execution.models.source import open_source
 from penstock.execution.quantization import compressed_writer
 from penstock.execution.quantization.compressed_writer import (
     CompressedWriter,
@@ -20,6 +24,7 @@ from penstock.execution.quantization.compressed_writer import (
     pack_codes,
     quantization_config,
 )
+from penstock.execution.quantization.fp8 import round_float8
 from penstock.execution.quantization.quantize import Scheme
 from penstock.testing.checkpoints import write_tiny_checkpoint
 
@@ -71,6 +76,31 @@ def test_numbers_as_the_format_defines_them(tmp_path: Path) -> None:
     assert torch.equal(tensors["b.weight"].float() * tensors["b.weight_scale"].float(), eight.dequantize())
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4-rtn", "fp8"])
+def test_what_was_written_is_read_again_number_for_number(tmp_path: Path, scheme: str) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    written: QuantizedTensor | Float8Tensor = round_float8(weight, torch.bfloat16)
+    if scheme != "fp8":
+        written = quantized(8, 64, 48) if scheme == "int8" else quantized(4, 32, 48)
+    writer = CompressedWriter(tmp_path / "out")
+    writer.add_quantized("a.weight", written, torch.bfloat16)
+    writer.finish(source, Scheme.named(scheme, 32))
+    value = open_source(tmp_path / "out", ModelConfig.from_folder(tmp_path / "out").quantization).read("a.weight")
+    assert type(value) is type(written)
+    assert torch.equal(as_float(value), written.dequantize())
+    for field in dataclasses.fields(written):
+        expected, actual = getattr(written, field.name), getattr(value, field.name)
+        if isinstance(expected, Tensor):
+            assert torch.equal(expected.view(torch.uint8), actual.view(torch.uint8))
+        else:
+            assert expected == actual
+    if scheme == "fp8":
+        # Three bits behind the leading one: half a step is a sixteenth.
+        assert ((written.dequantize() - weight).abs() <= weight.abs() / 15 + 1e-3).all()
+
+
 def test_weights_that_the_format_cannot_hold_are_refused(tmp_path: Path) -> None:
     tensor = quantized(4, 32)
     asymmetric = QuantizedTensor(tensor.codes, 4, 32, tensor.scales, offsets=tensor.scales)
@@ -78,7 +108,7 @@ def test_weights_that_the_format_cannot_hold_are_refused(tmp_path: Path) -> None
         CompressedWriter(tmp_path).add_quantized("a.weight", asymmetric, torch.bfloat16)
 
 
-def test_config_of_both_formats() -> None:
+def test_config_of_all_formats() -> None:
     eight = quantization_config(Scheme.named("int8", 32))
     assert (eight["quant_method"], eight["format"], eight["ignore"]) == (
         "compressed-tensors",
@@ -89,6 +119,15 @@ def test_config_of_both_formats() -> None:
     assert group["targets"] == ["Linear"]
     assert (group["weights"]["strategy"], group["weights"]["group_size"]) == ("channel", None)
     assert (group["input_activations"]["strategy"], group["input_activations"]["dynamic"]) == ("token", True)
+    floats = quantization_config(Scheme.named("fp8", 32))
+    assert floats["format"] == floats["config_groups"]["group_0"]["format"] == "float-quantized"
+    group = floats["config_groups"]["group_0"]
+    assert (group["weights"]["type"], group["weights"]["num_bits"], group["weights"]["strategy"]) == (
+        "float",
+        8,
+        "channel",
+    )
+    assert (group["input_activations"]["type"], group["input_activations"]["strategy"]) == ("float", "token")
     four = quantization_config(Scheme.named("int4-gptq", 64))["config_groups"]["group_0"]
     assert four["format"] == "pack-quantized"
     assert four["input_activations"] is None

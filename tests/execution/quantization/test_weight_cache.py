@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.core.config import EngineConfig
 from penstock.execution.kernels.native import native_available
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import StoredWeight
 from penstock.execution.layers.weight import Slot
 from penstock.execution.models import loader
 from penstock.execution.models.loader import LoadOptions
@@ -74,7 +74,7 @@ def test_the_second_start_is_the_first(
     read: list[str] = []
     original = loader._read
 
-    def recorded(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> Tensor | QuantizedTensor:
+    def recorded(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> StoredWeight:
         read.append(name)
         return original(source, name, slot, options)
 

@@ -113,10 +113,15 @@ class CausalLM(nn.Module):
         hidden: Tensor = self.model(input_ids, positions)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]."""
-        logits: Tensor = self.lm_head(hidden)
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states [M, hidden_size] → logits float32 [M, vocab_size], in `out` if that is given."""
+        logits: Tensor = self.lm_head(hidden, out)
         return logits
+
+    def prepare(self, max_model_len: int) -> None:
+        """Make what grows with the context long enough for all positions below `max_model_len`, so that it never moves again: recorded
+        kernels read it where it is now."""
+        self.model.rotary.table(max_model_len)
 
     def finish_loading(self) -> None:
         """Called when all weights have come. Raises IntegrityError when a layer has none."""

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from penstock.core.errors import ConfigError, ModelFormatError
 from penstock.execution.kernels.linear import NativeLinear
-from penstock.execution.kernels.quantized import QuantizedTensor
-from penstock.execution.layers.weight import Slot, SlotRole, Weight, WeightHolder
+from penstock.execution.kernels.quantized import CompactWeight, StoredWeight
+from penstock.execution.layers.weight import Slot, SlotRole, Weight, WeightHolder, as_float
 from penstock.execution.models.decoder import CausalLM
 from penstock.execution.models.precision import PrecisionCensus
 from penstock.execution.models.source import RowSource, WeightSource
-from penstock.execution.quantization.rounding import RoundedWeight, RoundingScheme
+from penstock.execution.quantization.rounding import WeightRounding
 
 # Tensors of old checkpoints that hold nothing which config.json does not say.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -42,7 +42,7 @@ _Place = tuple[str, str | None]
 class Rounding:
     """Schemes for the float weights of a role; roles that are not there stay as they are. setting: what asked for it, for messages."""
 
-    schemes: Mapping[SlotRole, RoundingScheme]
+    schemes: Mapping[SlotRole, WeightRounding]
     setting: str
 
 
@@ -51,11 +51,13 @@ class LoadOptions:
     """What happens to weights on their way into the model.
 
     rounding: round float weights; a weight that is quantised already is a ConfigError then. dequantize: turn quantised weights back into
-    floats. packed: weights of whole layers, by module name, that were packed before and need not be read. progress: show a bar.
+    floats. widened: see PrecisionCensus. packed: weights of whole layers, by module name, that were packed before and need not be read.
+    progress: show a bar.
     """
 
     rounding: Rounding | None = None
     dequantize: bool = False
+    widened: str | None = None
     packed: Mapping[str, NativeLinear] = field(default_factory=dict)
     progress: bool = False
 
@@ -64,7 +66,7 @@ def load_weights(model: CausalLM, source: WeightSource, options: LoadOptions) ->
     """Fill all layers of `model`. Returns what they were filled with. Raises ModelFormatError and ConfigError."""
     slots = model_slots(model)
     places = _assign_places(model, source, slots)
-    census = PrecisionCensus()
+    census = PrecisionCensus(options.widened)
     holders = _holders(model)
     for module_name, weight in options.packed.items():
         holders[module_name].take_native(weight)
@@ -137,7 +139,7 @@ def count_parameters(model: CausalLM) -> int:
     return sum(math.prod(slot.shape) for slot in model_slots(model).values())
 
 
-def _read(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> Tensor | QuantizedTensor:
+def _read(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> StoredWeight:
     scheme = None if options.rounding is None else options.rounding.schemes.get(slot.role)
     if options.rounding is not None and scheme is not None:
         try:
@@ -145,21 +147,21 @@ def _read(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> 
         except ValueError as error:
             raise ModelFormatError(f"{source.where(name)}: {error}.") from error
     value = source.read(name)
-    return value.dequantize() if options.dequantize and isinstance(value, QuantizedTensor) else value
+    return as_float(value) if options.dequantize else value
 
 
 def _rounded(
-    source: WeightSource, name: str, shape: tuple[int, ...], scheme: RoundingScheme, setting: str
-) -> QuantizedTensor:
+    source: WeightSource, name: str, shape: tuple[int, ...], scheme: WeightRounding, setting: str
+) -> CompactWeight:
     rows, columns = shape
-    rounded = RoundedWeight(rows, columns, scheme)
+    rounded = scheme.begin(rows, columns)
     if isinstance(source, RowSource):
         step = max(1, _ROUNDED_AT_ONCE // columns)
         for start in range(0, rows, step):
             rounded.put(start, source.read_rows(name, start, min(rows, start + step)))
         return rounded.tensor()
     value = source.read(name)
-    if isinstance(value, QuantizedTensor):
+    if not isinstance(value, Tensor):
         raise ConfigError(
             f"{setting} rounds plain weights, but {source.where(name)} is quantised already; drop {setting}."
         )

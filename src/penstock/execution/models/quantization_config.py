@@ -10,8 +10,14 @@ from penstock.execution.quantization.registry import QUANTIZATION_METHODS, Check
 # Older tools wrote a file of their own instead of a section of config.json.
 _SEPARATE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
-_PACKED_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
-_STRATEGIES = ("group", "channel", "tensor")
+_COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+_INTEGER_STRATEGIES = ("group", "channel", "tensor")
+_FLOAT_STRATEGIES = (*_INTEGER_STRATEGIES, "block")
+
+# What transformers takes when config.json names no size, and the only one on the hub.
+_FP8_BLOCK = (128, 128)
+# The block size of bitsandbytes' 4-bit weights unless a program asks for another; the tensors say which.
+_BITSANDBYTES_GROUP = 64
 
 
 def read_quantization(folder: Path, config: Fields) -> CheckpointQuantization | None:
@@ -36,6 +42,10 @@ def _parse(fields: Fields, default_method: str | None) -> CheckpointQuantization
         return _gptq(fields)
     if method == "compressed-tensors":
         return _compressed_tensors(fields)
+    if method == "fp8":
+        return _fp8(fields)
+    if method == "bitsandbytes":
+        return _bitsandbytes(fields)
     fields.fail("quant_method", f"{method!r} is not supported; supported: {', '.join(QUANTIZATION_METHODS)}")
 
 
@@ -65,6 +75,38 @@ def _gptq(fields: Fields) -> CheckpointQuantization:
     return CheckpointQuantization(method="gptq", bits=bits, group_size=_group_size(fields), zero_shift=shift)
 
 
+def _fp8(fields: Fields) -> CheckpointQuantization:
+    """Which layers stay floats (`modules_to_not_convert`, `ignored_layers`) is not read: their tensors have no codes."""
+    form = fields.string("fmt", "e4m3")
+    if form not in ("e4m3", "float8_e4m3fn"):
+        fields.fail("fmt", f"{form!r} is not supported; supported: 'e4m3'")
+    scheme = fields.string("activation_scheme", "dynamic")
+    if scheme not in ("dynamic", "static"):
+        fields.fail("activation_scheme", f"{scheme!r} is not supported; supported: dynamic, static")
+    if fields.section("kv_cache_scheme").names():
+        fields.fail("kv_cache_scheme", "a quantised KV cache in the checkpoint is not supported")
+    block = _block(fields, "weight_block_size") if fields.present("weight_block_size") else _FP8_BLOCK
+    return CheckpointQuantization(method="fp8", bits=8, codes="fp8", block=block)
+
+
+def _block(fields: Fields, name: str) -> tuple[int, int]:
+    sizes = fields.integers(name)
+    if len(sizes) != 2 or 0 in sizes:
+        fields.fail(name, f"must be two integers above 0, not {list(sizes)}")
+    return sizes[0], sizes[1]
+
+
+def _bitsandbytes(fields: Fields) -> CheckpointQuantization:
+    if fields.boolean("load_in_8bit", fields.boolean("_load_in_8bit", False)):
+        return CheckpointQuantization(method="bitsandbytes", bits=8)
+    if not fields.boolean("load_in_4bit", fields.boolean("_load_in_4bit", False)):
+        fields.fail("load_in_4bit", "neither load_in_4bit nor load_in_8bit is true")
+    kind = fields.string("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        fields.fail("bnb_4bit_quant_type", f"{kind!r} is not supported; supported: nf4, fp4")
+    return CheckpointQuantization(method="bitsandbytes", bits=4, group_size=_BITSANDBYTES_GROUP, codes="codebook")
+
+
 def _group_size(fields: Fields) -> int | None:
     size = fields.integer("group_size", fields.integer("q_group_size", -1, minimum=-1), minimum=-1)
     if size == 0:
@@ -73,9 +115,7 @@ def _group_size(fields: Fields) -> int | None:
 
 
 def _compressed_tensors(fields: Fields) -> CheckpointQuantization:
-    form = fields.string("format", "pack-quantized")
-    if form not in _PACKED_FORMATS:
-        fields.fail("format", f"{form!r} is not supported; supported: {', '.join(_PACKED_FORMATS)}")
+    _check_format(fields)
     status = fields.string("quantization_status", "compressed")
     if status != "compressed":
         fields.fail("quantization_status", f"must be 'compressed', not {status!r}; save the model compressed")
@@ -84,33 +124,61 @@ def _compressed_tensors(fields: Fields) -> CheckpointQuantization:
     for name, what in (("kv_cache_scheme", "a quantised KV cache"), ("transform_config", "transformed weights")):
         if fields.section(name).names():
             fields.fail(name, f"{what} in the checkpoint is not supported")
-    groups = [_check_group(group) for group in fields.sections("config_groups")]
+    groups = [_compressed_group(group) for group in fields.sections("config_groups")]
     if not groups:
         fields.fail("config_groups", "is missing or empty")
-    bits, group_size = groups[0]
-    if any(group != groups[0] for group in groups):
-        return CheckpointQuantization(method="compressed-tensors")
-    return CheckpointQuantization(method="compressed-tensors", bits=bits, group_size=group_size)
+    first = groups[0]
+    if all(group == first for group in groups):
+        return first
+    codes = first.codes if all(group.codes == first.codes for group in groups) else "mixed"
+    blocks = sorted({group.block for group in groups if group.block is not None})
+    if len(blocks) > 1:
+        fields.fail("config_groups", "blocks of different sizes in one checkpoint are not supported")
+    return CheckpointQuantization(method="compressed-tensors", codes=codes, block=blocks[0] if blocks else None)
 
 
-def _check_group(group: Fields) -> tuple[int, int | None]:
-    """Bits and group size of a group of layers. Activations may be rounded token by token, or be left alone: that changes no weight."""
-    form = group.string("format", "pack-quantized")
-    if form not in _PACKED_FORMATS:
-        group.fail("format", f"{form!r} is not supported; supported: {', '.join(_PACKED_FORMATS)}")
+def _check_format(fields: Fields) -> None:
+    form = fields.string("format", "pack-quantized")
+    if form not in _COMPRESSED_FORMATS:
+        fields.fail("format", f"{form!r} is not supported; supported: {', '.join(_COMPRESSED_FORMATS)}")
+
+
+def _compressed_group(group: Fields) -> CheckpointQuantization:
+    """How a group of layers is quantised."""
+    _check_format(group)
     weights = group.section("weights")
-    bits = weights.integer("num_bits")
-    if weights.string("type", "int") != "int" or bits not in (4, 8):
-        weights.fail(
-            "num_bits", f"{bits} bits of type {weights.string('type', 'int')!r} are not supported; int 4 or 8 is"
-        )
+    bits, kind = weights.integer("num_bits"), weights.string("type", "int")
+    if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)):
+        weights.fail("num_bits", f"{bits} bits of type {kind!r} are not supported; int 4, int 8 and float 8 are")
     size = weights.integer("group_size", -1, minimum=-1)
     strategy = weights.string("strategy", "group" if size > 0 else "channel")
-    if strategy not in _STRATEGIES:
-        weights.fail("strategy", f"{strategy!r} is not supported; supported: {', '.join(_STRATEGIES)}")
+    strategies = _FLOAT_STRATEGIES if kind == "float" else _INTEGER_STRATEGIES
+    if strategy not in strategies:
+        weights.fail("strategy", f"{strategy!r} is not supported; supported: {', '.join(strategies)}")
+    _check_activations(group, kind, bits)
+    return CheckpointQuantization(
+        method="compressed-tensors",
+        bits=bits,
+        group_size=size if size > 0 else None,
+        codes="fp8" if kind == "float" else "integers",
+        block=_block(weights, "block_structure") if strategy == "block" else None,
+    )
+
+
+def _check_activations(group: Fields, kind: str, bits: int) -> None:
+    """Inputs may be left alone or rounded like the weights are: to integers with a scale for each token, to 8-bit floats with any scale,
+    a fixed one lies beside the weight."""
     inputs = group.section("input_activations")
-    if inputs.names() and not (inputs.boolean("dynamic", False) and inputs.string("type", "int") == "int"):
+    if (
+        inputs.names()
+        and kind == "int"
+        and not (inputs.boolean("dynamic", False) and inputs.string("type", "int") == "int")
+    ):
         group.fail("input_activations", "only activations that are rounded dynamically to integers are supported")
+    if inputs.names() and kind == "float":
+        if (inputs.string("type", "int"), inputs.integer("num_bits")) != (kind, bits):
+            group.fail("input_activations", "only 8-bit floats are supported beside weights in 8-bit floats")
+        if not inputs.boolean("dynamic", False) and inputs.string("strategy", "tensor") != "tensor":
+            inputs.fail("strategy", "a fixed scale must be one for the whole input ('tensor')")
     if group.section("output_activations").names():
         group.fail("output_activations", "quantised outputs are not supported")
-    return bits, size if size > 0 else None

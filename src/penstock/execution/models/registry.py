@@ -90,8 +90,9 @@ def load_model(
     keeps the choice of the next token exact; a tied embedding is looked up in the rounded head, an untied one keeps its type.
     """
     model_config = ModelConfig.from_folder(folder)
-    check_quantization(config, model_config, folder)
     options, spec = _layer_options(config, model_config, device, dtype)
+    accelerated = options.triton or device.type != "cpu"
+    check_quantization(config, model_config, folder, accelerated=accelerated)
     model = build_model(model_config, options)
     dummy = config.load_format == "dummy"
     files = [] if dummy else checkpoint_files(folder)
@@ -99,20 +100,21 @@ def load_model(
         source: WeightSource = DummySource(checkpoint_shapes(model), model_config.dtype, config.seed)
     else:
         source = open_source(folder, model_config.quantization)
-    cache = _weight_cache(config, options, folder, files)
+    cache = _weight_cache(config, model_config, options, folder, files)
     packed = {} if cache is None else cache.read(options.bf16_arithmetic)
     if not packed_weights_fit(model, packed):
         logger.warning("cached weights are not used: %s belongs to another model", cache)
         packed = {}
     load_options = LoadOptions(
-        rounding=weight_rounding(config, model_config),
+        rounding=weight_rounding(config, model_config, device),
         dequantize=config.quantization == "none",
+        widened=_name(options.widened_dtype) if options.native else None,
         packed=packed,
         progress=progress,
     )
     census = load_weights(model, source, load_options)
     model.finish_loading()
-    quantization = census.text(None if options.native else str(options.dtype).removeprefix("torch."))
+    quantization = census.text(None if options.native or options.triton else _name(options.dtype))
     model_hash = _hash_files(folder, files, quantization)
     return LoadedModel(
         model=model,
@@ -159,10 +161,24 @@ def _layer_options(
             wide_keys=wide_keys,
         )
 
-    backend = get_attention_backend(config.attention_backend, device, spec=spec_for(dtype), arithmetic=activation_dtype)
+    backend = get_attention_backend(
+        config.attention_backend,
+        device,
+        spec=spec_for(dtype),
+        arithmetic=activation_dtype,
+        num_heads=model.num_heads,
+        graphs=not config.enforce_eager,
+    )
     # Native attention converts from any type; torch's computes in the cache's type, so that keys and values must have it.
     spec = spec_for(activation_dtype if backend.name == "torch" else dtype)
     check_cache(backend, spec, activation_dtype)
+    if spec.key_dtype != spec.value_dtype:
+        logger.info(
+            "--kv-cache-dtype %s rounds values only: keys stay %s, because those of a %s model do not bear 8 bits",
+            config.kv_cache_dtype,
+            _name(spec.key_dtype),
+            model.model_type,
+        )
     options = LayerOptions(
         dtype=activation_dtype,
         device=device,
@@ -170,14 +186,23 @@ def _layer_options(
         native=native,
         triton=backend.name == "triton" or (device.type == "cuda" and triton_runs_on(device)),
         weight_dtype=dtype if native and dtype != torch.float32 else None,
+        # The checkpoint's own type is what it means its weights to be multiplied in.
+        widened_dtype=model.dtype if dtype == torch.float32 else dtype,
         bf16_arithmetic=native and dtype == torch.bfloat16,
     )
     return options, spec
 
 
-def _weight_cache(config: EngineConfig, options: LayerOptions, folder: Path, files: list[Path]) -> WeightCache | None:
-    """Where the packed weights of this load are kept; None when that is switched off, or there are none."""
+def _weight_cache(
+    config: EngineConfig, model: ModelConfig, options: LayerOptions, folder: Path, files: list[Path]
+) -> WeightCache | None:
+    """Where the packed weights of this load are kept; None when that is switched off, or there are none.
+
+    Native layers turn 8-bit floats and codebooks into wider floats: reading those from disk would take longer than making them again.
+    """
     if not config.weight_cache or not options.native:
+        return None
+    if model.quantization is not None and model.quantization.codes != "integers":
         return None
     settings = {
         "quantization": config.quantization,
@@ -186,6 +211,10 @@ def _weight_cache(config: EngineConfig, options: LayerOptions, folder: Path, fil
         "dummy_seed": config.seed if config.load_format == "dummy" else None,
     }
     return WeightCache(default_folder(), content_key(folder / "config.json", files, settings))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _hash_files(folder: Path, files: list[Path], quantization: str) -> str:

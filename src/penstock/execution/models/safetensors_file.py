@@ -17,9 +17,10 @@ from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
 
-# The types of plain weights, and those that quantised checkpoints keep codes and indices in.
+# The types of plain weights, and those that quantised checkpoints keep codes, indices and scales in.
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGER_TYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+FLOAT8_TYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 
 # The format's own bound.
 _MAX_HEADER_BYTES = 100_000_000
@@ -37,12 +38,12 @@ class TensorInfo:
     data_start: int
 
 
-def read_header(file: Path, *, integers: bool = False) -> dict[str, TensorInfo]:
+def read_header(file: Path, *, codes: bool = False) -> dict[str, TensorInfo]:
     """The tensors of `file`. Raises ModelFormatError, naming the file, when header and file length do not agree.
 
-    `integers`: tensors may hold integers as well.
+    `codes`: tensors may hold integers and 8-bit floats as well.
     """
-    types = FLOAT_TYPES | (INTEGER_TYPES if integers else {})
+    types = FLOAT_TYPES | (INTEGER_TYPES | FLOAT8_TYPES if codes else {})
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import StoredWeight
 from penstock.execution.models.fields import Fields
 from penstock.execution.models.safetensors_file import TensorInfo, read_header, read_tensor
 from penstock.execution.quantization.registry import (
@@ -18,6 +18,7 @@ from penstock.execution.quantization.registry import (
     CheckpointQuantization,
     WeightLayout,
     checkpoint_format,
+    holds_codes,
 )
 
 GGUF_FILE = "model.gguf"
@@ -45,8 +46,8 @@ class WeightSource(Protocol):
         """'FILE: tensor NAME', for error messages."""
         ...
 
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        """A float tensor as it is stored (float32, float16 or bfloat16), or the canonical quantised form."""
+    def read(self, name: str) -> StoredWeight:
+        """A float tensor as it is stored (float32, float16 or bfloat16), or the canonical form of one in fewer bits."""
         ...
 
 
@@ -81,14 +82,14 @@ def checkpoint_files(folder: Path) -> list[Path]:
 class SafetensorsSource:
     """The tensors of one or more safetensors files, as they are stored.
 
-    `integers`: tensors may hold integers, as in quantised checkpoints. Raises ModelFormatError for broken files and for a tensor that is
-    in two of them.
+    `codes`: tensors may hold integers and 8-bit floats, as in quantised checkpoints. Raises ModelFormatError for broken files and for a
+    tensor that is in two of them.
     """
 
-    def __init__(self, files: Sequence[Path], *, integers: bool = False) -> None:
+    def __init__(self, files: Sequence[Path], *, codes: bool = False) -> None:
         self._tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in read_header(file, integers=integers).items():
+            for name, info in read_header(file, codes=codes).items():
                 if name in self._tensors:
                     raise ModelFormatError(f"{file}: tensor {name!r} is in {self._tensors[name].file.name} as well.")
                 self._tensors[name] = info
@@ -147,6 +148,9 @@ class _ModuleParts:
     def shape(self, part: str) -> tuple[int, ...]:
         return self._source.shape(self._name(part))
 
+    def dtype(self, part: str) -> torch.dtype:
+        return self._source.dtype(self._name(part))
+
     def read(self, part: str) -> Tensor:
         return self._source.read(self._name(part))
 
@@ -188,7 +192,7 @@ class QuantizedSource:
             return self._source.where(name)
         return self._source.where(next(iter(self._parts[name].names.values())))
 
-    def read(self, name: str) -> Tensor | QuantizedTensor:
+    def read(self, name: str) -> StoredWeight:
         if name not in self._parts:
             return self._source.read(name)
         try:
@@ -199,12 +203,11 @@ class QuantizedSource:
     def _collect(self) -> None:
         """Sort the checkpoint's tensors into parts of quantised weights and plain ones."""
         stored = self._source.names()
-        split = {name: name.rpartition(".")[::2] for name in stored}
-        quantized = {
-            split[name][0]
-            for name in stored
-            if split[name][1] in self._format.anchors and not self._source.dtype(name).is_floating_point
-        }
+        # Names of parts may have dots; the longest that fits is meant.
+        endings = sorted((f".{part}" for part in self._format.parts), key=len, reverse=True)
+        split = {name: _split(name, endings) for name in stored}
+        coded = {name for name in stored if holds_codes(self._source.dtype(name))}
+        quantized = {split[name][0] for name in coded if split[name][1] in self._format.anchors}
         for name in stored:
             module, part = split[name]
             if module in quantized and part in self._format.parts:
@@ -213,16 +216,24 @@ class QuantizedSource:
                     self._parts[weight] = _ModuleParts(self._source, module, {})
                     self._order.append(weight)
                 self._parts[weight].names[part] = name
-            elif self._source.dtype(name).is_floating_point:
+            elif name not in coded:
                 self._order.append(name)
             else:
-                raise ModelFormatError(f"{self._source.where(name)} holds integers that belong to no quantised weight.")
+                what = "8-bit floats" if self._source.dtype(name).is_floating_point else "integers"
+                raise ModelFormatError(f"{self._source.where(name)} holds {what} that belong to no quantised weight.")
 
     def _layout(self, name: str) -> WeightLayout:
         try:
             return self._format.layout(self._parts[name])
         except ModelFormatError as error:
             raise ModelFormatError(f"{self.where(name)}: {error}") from error
+
+
+def _split(name: str, endings: Sequence[str]) -> tuple[str, str]:
+    """A tensor's module and its part in it, which is the first of `endings` that fits or what follows the last dot."""
+    ending = next((ending for ending in endings if name.endswith(ending)), None)
+    module, _, part = name.rpartition(".") if ending is None else (name[: -len(ending)], "", ending[1:])
+    return module, part
 
 
 def open_source(folder: Path, quantization: CheckpointQuantization | None) -> WeightSource:
@@ -233,4 +244,4 @@ def open_source(folder: Path, quantization: CheckpointQuantization | None) -> We
         return GGUFSource(folder / GGUF_FILE)
     if quantization is None:
         return SafetensorsSource(weight_files(folder))
-    return QuantizedSource(SafetensorsSource(weight_files(folder), integers=True), checkpoint_format(quantization))
+    return QuantizedSource(SafetensorsSource(weight_files(folder), codes=True), checkpoint_format(quantization))

@@ -57,7 +57,7 @@ class DecoderShape(Protocol):
 
 @dataclass(frozen=True)
 class LayerRunner:
-    """Runs decoder layers. activation_bits: round the input of every product to that many bits, a scale per token, or None."""
+    """Runs decoder layers."""
 
     shape: DecoderShape
     rotary: Rotary
@@ -68,17 +68,18 @@ class LayerRunner:
         weights: LayerWeights,
         hidden: Tensor,
         *,
-        activation_bits: int | None = None,
+        round_inputs: Callable[[Tensor], Tensor] | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Layer `index` on one window: residual stream float32 [T, hidden_size] → the next one."""
+        """Layer `index` on one window: residual stream float32 [T, hidden_size] → the next one. round_inputs: what is done to the input
+        [T, K] of every product."""
         eps = self.shape.rms_norm_eps
 
         def linear(group: str, x: Tensor) -> list[Tensor]:
             if observe is not None:
                 observe(group, x)
-            if activation_bits is not None:
-                x = round_activations(x, activation_bits)
+            if round_inputs is not None:
+                x = round_inputs(x)
             return [F.linear(x, weights[f"{n}.weight"], weights.get(f"{n}.bias")) for n in INPUT_GROUPS[group]]
 
         query, key, value = linear("qkv", rms_norm(hidden, weights["input_layernorm.weight"], eps))

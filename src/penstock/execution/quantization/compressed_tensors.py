@@ -1,4 +1,4 @@
-"""Checkpoints in the integer formats of compressed-tensors (https://github.com/vllm-project/compressed-tensors).
+"""Checkpoints in the formats of compressed-tensors (https://github.com/vllm-project/compressed-tensors).
 
 For a weight of N output and K input features, b bits, in groups of G (G = K: one scale per output feature, or one for all):
 
@@ -8,6 +8,8 @@ For a weight of N output and K input features, b bits, in groups of G (G = K: on
     both             weight_scale        float [N, K / G]            weight = scale * (code - zero)
                      weight_zero_point   int32 [N * b / 32, K / G]   packed along N, or int8 [N, K / G]; absent when symmetric
                      weight_g_idx        int32 [K]                   the group of each input feature; absent, or -1, when in order
+
+    float-quantized  weight              float8_e4m3fn [N, K], with weight_scale and input_scale; see fp8.py
 """
 
 from __future__ import annotations
@@ -16,19 +18,36 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import Float8Tensor, QuantizedTensor
+from penstock.execution.quantization.fp8 import float8_layout, read_float8
 from penstock.execution.quantization.packing import quantized_tensor, unpack_columns
 from penstock.execution.quantization.registry import Parts, WeightLayout, check_shape, checked_layout
 
 
 class CompressedTensorsFormat:
-    """Reads one weight of a compressed-tensors checkpoint. Its tensors say in which of the two formats it is, so layers may differ."""
+    """Reads one weight of a compressed-tensors checkpoint. Its tensors say in which of the formats it is, so layers may differ.
+
+    block: output and input features that share a scale of 8-bit floats, where there is more than one.
+    """
 
     anchors = ("weight_packed", "weight")
-    parts = ("weight_packed", "weight", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+    parts = (
+        "weight_packed",
+        "weight",
+        "weight_shape",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_g_idx",
+        "input_scale",
+    )
+
+    def __init__(self, block: tuple[int, int] | None = None) -> None:
+        self._block = block
 
     def layout(self, parts: Parts) -> WeightLayout:
         """See CheckpointFormat."""
+        if _is_float8(parts):
+            return float8_layout(parts, "weight_scale", self._block)
         packed = "weight_packed" in parts
         shape = parts.shape("weight_packed" if packed else "weight")
         if len(shape) != 2:
@@ -44,8 +63,10 @@ class CompressedTensorsFormat:
             check_shape(parts, "weight_g_idx", (columns,))
         return checked_layout(rows, columns, bits, _groups(parts, rows))
 
-    def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor:
+    def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor | Float8Tensor:
         """See CheckpointFormat."""
+        if _is_float8(parts):
+            return read_float8(parts, "weight_scale", layout)
         groups = layout.columns // layout.group_size
         packed = "weight_packed" in parts
         codes = (
@@ -57,6 +78,10 @@ class CompressedTensorsFormat:
         if group_index is not None and bool((group_index == -1).all()):
             group_index = None
         return quantized_tensor(codes, layout, scales, zeros, group_index)
+
+
+def _is_float8(parts: Parts) -> bool:
+    return "weight" in parts and parts.dtype("weight").is_floating_point
 
 
 def _groups(parts: Parts, rows: int) -> int:

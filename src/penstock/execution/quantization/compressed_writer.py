@@ -4,6 +4,8 @@ Format (https://github.com/vllm-project/compressed-tensors, version 0.12 and lat
 
     int-quantized    NAME.weight         int8 [N, K]
                      NAME.weight_scale   [N, 1]
+    float-quantized  NAME.weight         float8_e4m3fn [N, K]
+                     NAME.weight_scale   [N, 1]
     pack-quantized   NAME.weight_packed  int32 [N, K / 8]; 8 codes of 4 bits each, the first in the lowest bits; code = value + 8
                      NAME.weight_scale   [N, K / group_size]
                      NAME.weight_shape   int64 [2]: N, K
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from penstock.core.errors import ConfigError, ModelFormatError
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import Float8Tensor, QuantizedTensor
 from penstock.execution.quantization.quantize import Scheme
 
 _INDEX = "model.safetensors.index.json"
@@ -90,8 +92,12 @@ class CompressedWriter:
         if self._pending_bytes >= _SHARD_BYTES:
             self._flush()
 
-    def add_quantized(self, name: str, tensor: QuantizedTensor, scale_dtype: torch.dtype) -> None:
-        """A quantised weight; symmetric, in the order of its input features."""
+    def add_quantized(self, name: str, tensor: QuantizedTensor | Float8Tensor, scale_dtype: torch.dtype) -> None:
+        """A quantised weight; symmetric, in the order of its input features. 8-bit floats have a scale per output feature."""
+        if isinstance(tensor, Float8Tensor):
+            self.add(name, tensor.codes)
+            self.add(f"{name}_scale", tensor.scales.to(scale_dtype))
+            return
         if tensor.offsets is not None or tensor.input_order is not None:
             raise ValueError(f"{name}: only symmetric weights without an input order have this format")
         scales = tensor.scales.to(scale_dtype)
@@ -152,9 +158,10 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
     """The object in config.json: one group with all linear layers but the output head, which stays as it was."""
+    kind = "float" if scheme.floating else "int"
     weights = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": kind,
         "symmetric": True,
         "group_size": scheme.group_size,
         "strategy": "channel" if scheme.group_size is None else "group",
@@ -164,13 +171,13 @@ def quantization_config(scheme: Scheme) -> dict[str, Any]:
     if scheme.activation_bits is not None:
         activations = {
             "num_bits": scheme.activation_bits,
-            "type": "int",
+            "type": kind,
             "symmetric": True,
             "group_size": None,
             "strategy": "token",
             "dynamic": True,
         }
-    form = "int-quantized" if scheme.bits == 8 else "pack-quantized"
+    form = f"{kind}-quantized" if scheme.bits == 8 else "pack-quantized"
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",

@@ -10,8 +10,9 @@ divergence and agreement. In memory are one layer, the windows' residual streams
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from penstock.core.errors import ConfigError, ModelFormatError
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import Float8Tensor, QuantizedTensor
 from penstock.execution.quantization.awq_search import InputStatistics, balance_layer, moment_loss, round_weight
 from penstock.execution.quantization.calibration import (
     INPUT_GROUPS,
@@ -31,10 +32,12 @@ from penstock.execution.quantization.calibration import (
     Rotary,
     collect_statistics,
     rms_norm,
+    round_activations,
 )
+from penstock.execution.quantization.fp8 import round_float8, round_inputs_to_float8
 from penstock.execution.quantization.gptq_solver import solve_gptq
 
-SCHEMES = ("int8", "int4-rtn", "int4-awq", "int4-gptq")
+SCHEMES = ("int8", "fp8", "int4-rtn", "int4-awq", "int4-gptq")
 GROUP_SIZES = (32, 64, 128)
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -47,8 +50,8 @@ _LOGIT_ROWS = 128
 class Scheme:
     """How weights are rounded. group_size: input features that share a scale; None: one scale per output feature.
 
-    int8: 8 bits per output feature, activations rounded to 8 bits per token while computing (W8A8). int4-*: 4 bits per group, activations
-    as they are (W4A16), codes and scales chosen by rounding to the nearest, by AWQ or by GPTQ.
+    int8, fp8: 8 bits per output feature, integers or floats (e4m3), activations rounded likewise per token while computing (W8A8).
+    int4-*: 4 bits per group, activations as they are (W4A16), codes and scales chosen by rounding to the nearest, by AWQ or by GPTQ.
     """
 
     name: str
@@ -56,14 +59,26 @@ class Scheme:
     group_size: int | None
     activation_bits: int | None
 
+    @property
+    def floating(self) -> bool:
+        """Whether numbers are rounded to floats rather than to integers."""
+        return self.name == "fp8"
+
+    @property
+    def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
+        """What is done to the inputs of products; None: they stay as they are."""
+        if self.activation_bits is None:
+            return None
+        return round_inputs_to_float8 if self.floating else partial(round_activations, bits=self.activation_bits)
+
     @classmethod
     def named(cls, name: str, group_size: int) -> Scheme:
-        """Raises ConfigError for an unknown name or group size. int8 takes no notice of `group_size`."""
+        """Raises ConfigError for an unknown name or group size. int8 and fp8 take no notice of `group_size`."""
         if name not in SCHEMES:
             raise ConfigError(f"--scheme must be one of {', '.join(SCHEMES)}, not {name!r}.")
         if group_size not in GROUP_SIZES:
             raise ConfigError(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, not {group_size}.")
-        return cls(name, 8, None, 8) if name == "int8" else cls(name, 4, group_size, None)
+        return cls(name, 8, None, 8) if name in ("int8", "fp8") else cls(name, 4, group_size, None)
 
     @property
     def needs_calibration(self) -> bool:
@@ -93,7 +108,7 @@ class TensorWriter(Protocol):
     scale_dtype: the type in which a quantised weight's scales are stored."""
 
     def add(self, name: str, tensor: Tensor) -> None: ...
-    def add_quantized(self, name: str, tensor: QuantizedTensor, scale_dtype: torch.dtype) -> None: ...
+    def add_quantized(self, name: str, tensor: QuantizedTensor | Float8Tensor, scale_dtype: torch.dtype) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -198,12 +213,16 @@ class _Work:
         for name, tensor in weights.items():
             if name.removesuffix(".weight") not in LINEAR_NAMES:
                 writer.add(prefix + name, tensor.to(dtypes[name]))
-        bits = self._scheme.activation_bits
-        self._calibration = [self._runner.run(index, weights, x, activation_bits=bits) for x in self._calibration]
-        self._quantized = [self._runner.run(index, weights, x, activation_bits=bits) for x in self._quantized]
+        rounding = self._scheme.round_inputs
+        self._calibration = [self._runner.run(index, weights, x, round_inputs=rounding) for x in self._calibration]
+        self._quantized = [self._runner.run(index, weights, x, round_inputs=rounding) for x in self._quantized]
 
-    def _quantize(self, weight: Tensor, statistics: InputStatistics | None, dtype: torch.dtype) -> QuantizedTensor:
+    def _quantize(
+        self, weight: Tensor, statistics: InputStatistics | None, dtype: torch.dtype
+    ) -> QuantizedTensor | Float8Tensor:
         bits, group_size = self._scheme.bits, self._scheme.group_size
+        if self._scheme.floating:
+            return round_float8(weight, dtype)
         if group_size is None:
             # The widest number gets the widest code: with 255 steps there is nothing to win by clipping.
             return round_weight(weight, bits, weight.shape[1], dtype, shrinks=(1.0,))

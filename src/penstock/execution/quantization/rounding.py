@@ -12,11 +12,12 @@ rounding gets the scale that fits it best in the sense of least squares, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import CompactWeight, QuantizedTensor
 
 # The largest magnitude of a group is taken to these integers, before they are clipped to -8 … 7.
 _INT4_TARGETS = tuple(7.0 + 0.15 * step for step in range(20))
@@ -26,12 +27,36 @@ _INT4_GROUP_SIZES = (128, 64, 32)
 _BLOCK = 1 << 17
 
 
+class RoundedRows(Protocol):
+    """A weight that is rounded as its rows come in."""
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Round float rows [n, columns] into the rows from `start` on. Raises ValueError when one holds infinity or NaN."""
+        ...
+
+    def tensor(self) -> CompactWeight:
+        """The weight, once all rows are in."""
+        ...
+
+
+class WeightRounding(Protocol):
+    """A way to round weights."""
+
+    def begin(self, rows: int, columns: int) -> RoundedRows:
+        """Memory for one weight."""
+        ...
+
+
 @dataclass(frozen=True)
 class RoundingScheme:
     """bits: 8 (per output feature) or 4. group_size: input features that share a scale at 4 bits; not used at 8."""
 
     bits: int
     group_size: int = 32
+
+    def begin(self, rows: int, columns: int) -> RoundedWeight:
+        """See WeightRounding."""
+        return RoundedWeight(rows, columns, self)
 
     def for_columns(self, columns: int) -> RoundingScheme:
         """The scheme for a weight with this many input features: the largest group that is not above ours and divides them, or, where not
