@@ -59,14 +59,13 @@ def build_engine(config: EngineConfig, folder: Path, *, progress: bool = False) 
     os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     from penstock.engine.engine import Engine
     from penstock.execution.runner.executors import UniProcessExecutor
+    from penstock.execution.runner.out_of_memory import is_out_of_memory
 
     imported = time.perf_counter()
     try:
         executor = UniProcessExecutor(config, folder, progress=progress)
-    except MemoryError as error:
-        raise ConfigError(_no_memory(folder)) from error
-    except RuntimeError as error:
-        if "memory" in str(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise ConfigError(_no_memory(folder)) from error
         raise
     resolved = executor.config

@@ -59,6 +59,8 @@ def run_checks() -> list[Check]:
         check_kernels,
         check_embedded_model,
     ]
+    if _gpu_is_usable(_import_torch()):
+        steps.insert(steps.index(check_gpu) + 1, check_gpu_attention)
     return [step() for step in steps] + [check_extra(extra) for extra in EXTRAS]
 
 
@@ -92,20 +94,38 @@ def check_cpu() -> Check:
 
 def check_gpu() -> Check:
     torch = _import_torch()
-    driver = _nvidia_gpus()
-    if torch is not None:
-        with warnings.catch_warnings():
-            # torch warns about drivers that it cannot use; the report says it in its own words.
-            warnings.simplefilter("ignore")
-            available = torch.cuda.is_available()
-        if available:
-            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-            memory = torch.cuda.get_device_properties(0).total_memory / GIB
-            return Check("GPU", "ok", f"{', '.join(names)} ({memory:.0f} GiB)")
+    driver = _nvidia_smi("name")
+    if _gpu_is_usable(torch):
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        gpus = [
+            f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor})"
+            for gpu in found
+        ]
+        versions = [f"driver {version}" for version in _nvidia_smi("driver_version")[:1]]
+        versions += [f"CUDA {torch.version.cuda}", f"torch {torch.__version__}", _installed_version("triton")]
+        return Check("GPU", "ok", f"{', '.join(gpus)}; {', '.join(versions)}")
     if driver:
         fix = "This torch cannot use it: install a CUDA build of torch that fits the driver."
         return Check("GPU", "note", f"{', '.join(driver)}, not usable", fix)
     return Check("GPU", "ok", "none; the CPU is used")
+
+
+def check_gpu_attention() -> Check:
+    """Whose attention a GPU would run, and the packages that --attention-backend auto would look at. Only where there is a GPU."""
+    import torch
+
+    from penstock.execution.attention.packages import installed_packages
+    from penstock.execution.kernels.triton.support import triton_runs_on, triton_unavailable_reason
+
+    device = torch.device("cuda")
+    if not triton_runs_on(device):
+        value = f"torch operators, slow; no Triton kernels: {triton_unavailable_reason(device)}"
+        return Check("GPU attention", "note", value, "Install triton (`pip install triton`), or use a newer GPU.")
+    packages = installed_packages()
+    if not packages:
+        return Check("GPU attention", "ok", "our Triton kernels; neither FlashAttention nor FlashInfer is installed")
+    value = f"our Triton kernels, or the fastest that fits the model at start; found {', '.join(map(str, packages))}"
+    return Check("GPU attention", "ok", value)
 
 
 def check_memory() -> Check:
@@ -188,16 +208,34 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _nvidia_gpus() -> list[str]:
+def _gpu_is_usable(torch: Any) -> bool:
+    """torch: the module, or None."""
+    if torch is None:
+        return False
+    with warnings.catch_warnings():
+        # torch warns about drivers that it cannot use; the report says it in its own words.
+        warnings.simplefilter("ignore")
+        return bool(torch.cuda.is_available())
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """What the driver's own program says of each GPU; nothing without the program or a driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     try:
-        command = [program, "--query-gpu=name", "--format=csv,noheader"]
+        command = [program, f"--query-gpu={field}", "--format=csv,noheader"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return []
     return result.stdout.strip().splitlines() if result.returncode == 0 else []
+
+
+def _installed_version(distribution: str) -> str:
+    try:
+        return f"{distribution} {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {distribution}"
 
 
 def _cgroup_limit_bytes() -> int | None:

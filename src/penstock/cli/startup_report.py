@@ -13,6 +13,8 @@ from penstock.core.types import Hello, ModelInfo
 _GIB = 2**30
 # Below this a model lives in the processor's caches, and rounding its weights gains little.
 _WORTH_QUANTISING = 64 * 2**20
+# What the report calls weights that are not quantised, "" where it says nothing.
+_PLAIN_WEIGHTS = ("", "float32", "bfloat16", "float16")
 
 
 def startup_report(
@@ -54,19 +56,29 @@ def _facts(model: ModelInfo) -> list[tuple[str, str]]:
             f"{model.kv_cache_tokens:,} tokens in blocks of {model.block_size}, {model.kv_cache_bytes / _GIB:.2f} GiB{swap}",
         ),
         ("batch", f"up to {model.max_num_seqs} requests and {model.max_num_batched_tokens:,} tokens per step"),
+        *([("steps", _steps(model))] if model.cuda_graphs else []),
     ]
 
 
 def _runs_on(model: ModelInfo) -> str:
+    name = f" ({model.device_name})" if model.device_name else ""
     threads = f" with {model.threads} threads" if model.threads else ""
     kernels = f", {model.kernels}" if model.kernels else ""
-    return f"{model.device}{threads}{kernels}, attention by {model.attention_backend}"
+    return f"{model.device}{name}{threads}{kernels}, attention by {model.attention_backend}"
+
+
+def _steps(model: ModelInfo) -> str:
+    """How a GPU is kept busy."""
+    prepared = "while the one before it runs" if model.max_inflight_steps > 1 else "when the one before it is done"
+    return f"{model.cuda_graphs}; each prepared {prepared}"
 
 
 def _precision(model: ModelInfo) -> str:
     """What runs in which precision, and what would be faster: a choice that is never made silently."""
     text = f"weights {model.weights or model.dtype}, arithmetic {model.dtype}, KV cache {model.kv_cache_dtype or model.dtype}"
-    if model.device == "cpu" and model.weight_bytes >= _WORTH_QUANTISING and "int" not in model.weights:
+    if model.device == "cuda" and model.dtype == "float32":
+        text += "; this is the checkpoint's type, --dtype bfloat16 reads half the bytes per token"
+    if model.device == "cpu" and model.weight_bytes >= _WORTH_QUANTISING and model.weights in _PLAIN_WEIGHTS:
         text += "; --quantization int8 or int4 would read fewer bytes per token"
     return text
 

@@ -36,7 +36,7 @@ class EngineConfig:
     )
     dtype: DType = setting(
         "auto",
-        "Arithmetic type. 'auto': the checkpoint's on a GPU; on a CPU float32 unless it has bf16 units.",
+        "Arithmetic type. 'auto': the checkpoint's on a GPU, float32 too; on a CPU float32 unless it has bf16 units.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("auto", "Device to run on.", choices=("auto", "cpu", "cuda"))
@@ -84,7 +84,7 @@ class EngineConfig:
     )
     seed: int = setting(0, "Seed of dummy weights.")
     max_model_len: int = setting(0, "Longest prompt plus output in tokens; 0 takes the model's own limit.")
-    block_size: int = setting(16, "Tokens per KV block.")
+    block_size: int = setting(16, "Tokens per KV block; on a GPU a multiple of 16.")
     memory_utilization: float = setting(
         0.0, "Share of the device's free memory that weights and KV cache may take; 0: 0.9 on a GPU, 0.5 on a CPU."
     )

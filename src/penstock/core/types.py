@@ -182,8 +182,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine runs. `model_hash` covers configuration and weight files' names and sizes: two engines with the same hash
     continue each other's generations. `kv_cache_tokens` is the capacity of the KV cache, `max_request_tokens` the longest
     prompt + output that a single request can have (the model's context or the cache, whichever is smaller). `weights`: in which
-    precision weights are kept ('bfloat16', 'int4 group 32, head int8'); `kernels`: whose arithmetic runs on a CPU and, if it is not the
-    native kernels', why. `tokenizer_hash` and `template_hash` are the frontend's: equal hashes, equal token ids and prompts."""
+    precision weights are kept ('bfloat16', 'int4 group 32, head int8'); `kernels`: whose arithmetic runs and, if it is not that made for
+    the device, why. `device_name`: what a GPU is called; `cuda_graphs`: which there are, or why there are none ('' on a CPU);
+    `max_inflight_steps`: 2 when a step is prepared while the one before it runs. `tokenizer_hash` and `template_hash` are the frontend's:
+    equal hashes, equal token ids and prompts."""
 
     architecture: str
     dtype: str
@@ -204,6 +206,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights: str = ""
     kv_cache_dtype: str = ""
     kernels: str = ""
+    device_name: str = ""
+    cuda_graphs: str = ""
+    max_inflight_steps: int = 1
     threads: int = 0
     tokenizer_hash: str = ""
     template_hash: str = ""
@@ -247,6 +252,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens_sum: int = 0
     step_tokens_buckets: list[int] = []
     step_phase_seconds: dict[str, float] = {}
+    device_seconds: float = 0.0
+    device_idle_seconds: float = 0.0
     limits: LiveLimits = LiveLimits()
     resident_bytes: int = 0
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import psutil
@@ -51,6 +52,15 @@ Client = bytes
 Addressed = tuple[Client, TokenDelta]
 
 
+class _Submitted(NamedTuple):
+    """A step in flight, when it was submitted, and whether there had been requests all the time since the step before it."""
+
+    scheduled: SchedulerOutput
+    handle: StepHandle
+    started: float
+    was_busy: bool
+
+
 class Engine:
     """Owns the scheduler and drives an executor.
 
@@ -81,7 +91,9 @@ class Engine:
         )
         self.counters = Counters()
         self._order = 0
-        self._submitted: deque[tuple[SchedulerOutput, StepHandle, float]] = deque()
+        self._submitted: deque[_Submitted] = deque()
+        # There have been requests since the last step was submitted: if the device waits for the next, it waits for us.
+        self._was_busy = False
         self._requests: dict[tuple[Client, str], dict[int, Request]] = {}
         self._deadlines: Deadlines[Request] = Deadlines()
         self._queue_deadlines: Deadlines[tuple[Client, str]] = Deadlines()
@@ -118,6 +130,7 @@ class Engine:
         fresh = [request for request in requests if request.num_output_tokens == 0]
         for follower in fresh[1:]:
             follower.leader = fresh[0]
+        self._was_busy = self._was_busy and bool(self.scheduler.requests)
         for request in requests:
             self.scheduler.add(request)
             if request.deadline is not None:
@@ -203,10 +216,12 @@ class Engine:
             phases["schedule"] += submitted - begun
             if scheduled is None:
                 break
-            self._submitted.append((scheduled, self._executor.submit(scheduled), submitted))
+            handle = self._executor.submit(scheduled)
+            self._submitted.append(_Submitted(scheduled, handle, submitted, self._was_busy))
+            self._was_busy = True
         if not self._submitted:
             return []
-        scheduled, handle, started = self._submitted.popleft()
+        scheduled, handle, started, was_busy = self._submitted.popleft()
         try:
             output = handle.result()
         except IntegrityError:
@@ -218,6 +233,9 @@ class Engine:
         phases["prepare"] += output.prepare_seconds
         phases["forward"] += output.forward_seconds
         phases["sample"] += output.sample_seconds
+        self.counters.device_seconds += output.device_seconds
+        if was_busy:
+            self.counters.device_idle_seconds += output.device_idle_seconds
         # Before the update, which forgets the requests that end.
         self._count_step(scheduled, retired, retired - started)
         updates = self.scheduler.update(output)
@@ -335,6 +353,8 @@ class Engine:
             step_tokens_sum=int(counters.step_tokens.sum),
             step_tokens_buckets=list(counters.step_tokens.counts),
             step_phase_seconds=dict(counters.phase_seconds),
+            device_seconds=counters.device_seconds,
+            device_idle_seconds=counters.device_idle_seconds,
             limits=self.scheduler.limits,
             resident_bytes=self._process.memory_info().rss,
         )

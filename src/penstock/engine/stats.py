@@ -11,7 +11,8 @@ from penstock.telemetry.metrics import STEP_PHASES, STEP_SECONDS_BUCKETS, STEP_T
 @dataclass(slots=True)
 class Counters:
     """What has happened since the engine started. `finished` counts samples by finish reason; `phase_seconds` adds up the time in each of
-    STEP_PHASES."""
+    STEP_PHASES. `device_seconds`: what steps took on an accelerator; `device_idle_seconds`: how long it waited between two steps while
+    there was work."""
 
     steps: int = 0
     step_failures: int = 0
@@ -21,6 +22,8 @@ class Counters:
     prefix_hit_tokens: int = 0
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
+    device_seconds: float = 0.0
+    device_idle_seconds: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
     step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS_BUCKETS))
     step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS_BUCKETS))

@@ -49,6 +49,8 @@ _NUMBERS: tuple[tuple[m.Metric, str], ...] = (
     (m.ENGINE_PREEMPTIONS, "preemptions"),
     (m.ENGINE_SWAPPED_OUT, "swapped_out_blocks"),
     (m.ENGINE_SWAPPED_IN, "swapped_in_blocks"),
+    (m.ENGINE_DEVICE_SECONDS, "device_seconds"),
+    (m.ENGINE_DEVICE_IDLE_SECONDS, "device_idle_seconds"),
     (m.ENGINE_RESIDENT_BYTES, "resident_bytes"),
 )
 _LIMITS = ("max_num_batched_tokens", "max_num_seqs", "max_prefill_tokens_while_decoding")

@@ -236,6 +236,19 @@ ENGINE_STEP_PHASE_SECONDS = _engine(
     "Time spent in the parts of steps: schedule, prepare, forward, sample, deliver.",
     "phase",
 )
+ENGINE_DEVICE_SECONDS = _engine(
+    "device_seconds_total",
+    "counter",
+    "Time that an accelerator spent on steps, from the first work of each to the last; 0 on a CPU.",
+)
+ENGINE_DEVICE_IDLE_SECONDS = _engine(
+    "device_idle_seconds_total",
+    "counter",
+    "Time that an accelerator waited between two steps although there was work: what scheduling and preparing steps took that was not "
+    "hidden behind the step before. Its share, which should stay below 0.05: "
+    "`rate(penstock_engine_device_idle_seconds_total[5m]) / (rate(penstock_engine_device_idle_seconds_total[5m]) + "
+    "rate(penstock_engine_device_seconds_total[5m]))`.",
+)
 ENGINE_LIMIT = _engine("limit", "gauge", "The live limits in force, by name.", "name")
 ENGINE_RESIDENT_BYTES = _engine("resident_memory_bytes", "gauge", "Resident memory of the engine process.")
 

@@ -66,6 +66,7 @@ class PagedModel:
     ) -> None:
         config = loaded.config
         self.loaded = loaded
+        loaded.model.prepare(num_blocks * block_size)
         self.block_size = block_size
         self.device = next(loaded.model.parameters()).device
         spec = dataclasses.replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,12 @@ from penstock.testing.paged_model import PagedModel
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
+MAX_MODEL_LEN = 128
 GREEDY = SamplingParams(temperature=0.0)
+
+
+class Runner(Protocol):
+    def execute(self, step: SchedulerOutput) -> RunnerOutput: ...
 
 
 class WatchedModel:
@@ -46,18 +52,25 @@ class Harness:
         self.loaded = loaded
         self.model = WatchedModel(loaded)
         self.kv_caches = self._caches(num_blocks)
-        self.batch = PersistentBatch(max_slots, 128, BLOCK_SIZE, CPU)
-        self.runner = ModelRunner(
-            self.model,
-            loaded.attention_backend,
-            self.kv_caches,
-            self._caches(num_host_blocks),
-            batch=self.batch,
-            sampler=Sampler(loaded.config.vocab_size, max_slots, CPU, loaded.config.eos_token_ids),
-            device=CPU,
-            max_logits_bytes=3 * loaded.config.vocab_size * 4,
-        )
+        self.host_caches = self._caches(num_host_blocks)
+        self.max_slots = max_slots
+        self.batch = PersistentBatch(max_slots, MAX_MODEL_LEN, BLOCK_SIZE, CPU)
+        # A few rows of logits at a time.
+        self.max_logits_bytes = 3 * loaded.config.vocab_size * 4
+        self.runner = self.make_runner()
         self._next_step = 0
+
+    def make_runner(self) -> Runner:
+        return ModelRunner(
+            self.model,
+            self.loaded.attention_backend,
+            self.kv_caches,
+            self.host_caches,
+            batch=self.batch,
+            sampler=Sampler(self.loaded.config.vocab_size, self.max_slots, CPU, self.loaded.config.eos_token_ids),
+            device=CPU,
+            max_logits_bytes=self.max_logits_bytes,
+        )
 
     def _caches(self, num_blocks: int) -> list[KVCache]:
         config = self.loaded.config
@@ -76,9 +89,19 @@ class Harness:
         *,
         new: Sequence[NewRequest] = (),
         cached: Sequence[CachedRequest] = (),
-        **changes: list[object],
+        **changes: Sequence[object],
     ) -> RunnerOutput:
         """Run one step; `changes` are further fields of SchedulerOutput."""
+        return self.runner.execute(self.make_step(scheduled, new=new, cached=cached, **changes))
+
+    def make_step(
+        self,
+        scheduled: dict[str, int],
+        *,
+        new: Sequence[NewRequest] = (),
+        cached: Sequence[CachedRequest] = (),
+        **changes: Sequence[object],
+    ) -> SchedulerOutput:
         step = SchedulerOutput(
             self._next_step,
             new_requests=list(new),
@@ -88,7 +111,7 @@ class Harness:
         for name, value in changes.items():
             setattr(step, name, value)
         self._next_step += 1
-        return self.runner.execute(step)
+        return step
 
     def decode(self, lengths: dict[str, int], steps: int) -> dict[str, list[int]]:
         """Run `steps` decodes of requests that have `lengths` tokens, the last of them not computed yet, in the blocks they have."""

@@ -3,7 +3,7 @@ import pytest
 
 from penstock.core.errors import IntegrityError
 from penstock.engine.step import CachedRequest
-from penstock.execution.runner.batch import PersistentBatch
+from penstock.execution.runner.batch import NewBlocks, PersistentBatch
 from tests.execution.runner.harness import BLOCK_SIZE, CPU, new_request
 
 
@@ -45,6 +45,42 @@ def test_sampled_tokens_are_the_next_inputs() -> None:
     assert inputs is not None
     assert (inputs.input_ids.tolist(), inputs.positions.tolist()) == ([99], [3])
     assert batch.token_ids(slot).tolist() == [1, 2, 3, 99]
+
+
+def test_tokens_that_are_told_later_count_at_once() -> None:
+    batch = _batch()
+    slots = np.array([batch.add(new_request("a", [1, 2, 3], [0])), batch.add(new_request("b", [4], [1]))])
+    batch.advance(slots)
+    shape = batch.shape({"a": 4, "b": 1})
+    assert shape is not None
+    assert [shape.keys[row] for row in shape.sampling] == ["a"]
+    batch.fill(slots, np.array([3, 1]), np.array([98, 99]))
+    assert [batch.token_ids(slot).tolist() for slot in slots] == [[1, 2, 3, 98], [4, 99]]
+
+
+def test_changes_say_which_blocks_are_new() -> None:
+    batch = _batch()
+    a, b = batch.add(new_request("a", range(4), [0])), batch.add(new_request("b", range(9), [1, 2, 3]))
+    changes = [CachedRequest("a", [7, 8], 4), CachedRequest("b", [], 9)]
+    assert batch.update(changes) == [NewBlocks(a, 1, 3)]
+    assert batch.update([CachedRequest("b", [5], 9)]) == [NewBlocks(b, 3, 4)]
+    assert batch.block_ids(a).tolist() == [0, 7, 8]
+    assert batch.block_ids(b).tolist() == [1, 2, 3, 5]
+    with pytest.raises(IntegrityError, match="x is scheduled but not known"):
+        batch.update([CachedRequest("x", [], 0)])
+    with pytest.raises(IntegrityError, match="a has 10 blocks"):
+        batch.update([CachedRequest("a", list(range(7)), 0)])
+
+
+def test_no_two_requests_are_the_same_incarnation() -> None:
+    batch = _batch(max_slots=1)
+    seen = set()
+    for _ in range(3):
+        slot = batch.add(new_request("a", [1], [0]))
+        seen.add(int(batch.incarnations[slot]))
+        batch.remove("a")
+        assert batch.incarnations[slot] == 0
+    assert len(seen) == 3
 
 
 def test_a_slot_is_reused_without_a_trace() -> None:

@@ -15,6 +15,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.step import CachedRequest, SchedulerOutput
 from penstock.execution.kernels.native import native_available
 from penstock.execution.models.registry import LoadedModel
+from penstock.execution.runner import executors
 from penstock.execution.runner.executors import UniProcessExecutor
 from penstock.testing.builders import make_request, run_to_end
 from tests.execution.runner.harness import new_request, solo_tokens
@@ -29,7 +30,7 @@ def _config(**changes: Any) -> EngineConfig:
 
 
 @contextmanager
-def _executor(checkpoint: Path, *, max_inflight: int = 1, **changes: Any) -> Iterator[UniProcessExecutor]:
+def _executor(checkpoint: Path, *, max_inflight: int | None = 1, **changes: Any) -> Iterator[UniProcessExecutor]:
     executor = UniProcessExecutor(_config(**changes), checkpoint, max_inflight=max_inflight)
     try:
         yield executor
@@ -117,6 +118,25 @@ def test_a_step_that_raises_gives_its_error_to_its_handle(
         assert first.done()
         assert bad.done()
         assert last.done()
+
+
+def test_overlap_on_a_cpu_is_a_thread_that_runs_steps(checkpoint: Path, loaded: LoadedModel) -> None:
+    with _executor(checkpoint, max_inflight=None, overlap_scheduling="on") as executor:
+        assert executor.max_inflight == executor.model_info().max_inflight_steps == 2
+        step = SchedulerOutput(0, new_requests=[new_request("a", [1, 2, 3], [9])], num_scheduled_tokens={"a": 3})
+        assert executor.submit(step).result().sampled_token_ids["a"] == solo_tokens(loaded, [1, 2, 3], 1)
+    with _executor(checkpoint, max_inflight=None) as executor:
+        assert executor.max_inflight == executor.model_info().max_inflight_steps == 1
+
+
+def test_weights_that_do_not_fit_say_what_to_take_instead(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> LoadedModel:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(executors, "load_model", load)
+    says = r"The weights of tiny \(\d\.\d MiB as stored\) do not fit into .* MiB of free memory: take --quantization int8 or int4,"
+    with pytest.raises(ConfigError, match=says):
+        UniProcessExecutor(_config(), checkpoint)
 
 
 def test_shutdown_is_idempotent_and_final(checkpoint: Path) -> None:

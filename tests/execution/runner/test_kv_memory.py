@@ -15,6 +15,7 @@ from penstock.execution.runner.kv_memory import (
     GIB,
     KV_CAP_FACTOR,
     KVPlan,
+    MemoryUse,
     activation_bytes,
     allocate_kv_caches,
     plan_kv_memory,
@@ -41,15 +42,15 @@ def _spec(loaded: LoadedModel, config: EngineConfig) -> KVCacheSpec:
     )
 
 
-def _plan(loaded: LoadedModel, config: EngineConfig, *, free: int = GIB, weights: int = 0) -> KVPlan:
+def _plan(
+    loaded: LoadedModel, config: EngineConfig, *, free: int = GIB, weights: int = 0, use: MemoryUse | None = None
+) -> KVPlan:
     return plan_kv_memory(
         config,
         loaded.config,
         loaded.attention_backend,
         _spec(loaded, config),
-        free_bytes=free,
-        weight_bytes=weights,
-        step_bytes=activation_bytes(config, loaded.config, torch.float32),
+        use or MemoryUse(free, weights, activation_bytes(config, loaded.config, torch.float32)),
         free_host_bytes=GIB,
     )
 
@@ -60,6 +61,38 @@ def test_takes_its_share_of_what_weights_and_activations_leave(loaded: LoadedMod
     plan = _plan(loaded, CONFIG, free=free, weights=1000)
     assert plan == KVPlan(num_blocks=30, num_host_blocks=0, bytes_per_block=BLOCK_BYTES)
     assert _plan(loaded, CONFIG, free=free, weights=1001).num_blocks == 29
+
+
+def test_on_a_gpu_what_was_measured_comes_off(loaded: LoadedModel) -> None:
+    use = MemoryUse(2 * (600 + 30 + 7 + 5 * BLOCK_BYTES), 600, 30, 7, measured=True)
+    assert _plan(loaded, CONFIG, use=use).num_blocks == 5
+    for more in (
+        dataclasses.replace(use, weight_bytes=601),
+        dataclasses.replace(use, step_bytes=31),
+        dataclasses.replace(use, graph_bytes=8),
+    ):
+        assert _plan(loaded, CONFIG, use=more).num_blocks == 4
+
+
+def test_on_a_gpu_errors_say_where_the_memory_went(loaded: LoadedModel) -> None:
+    mib = 2**20
+    use = MemoryUse(1000 * mib, 300 * mib, 150 * mib, 50 * mib, measured=True)
+    with pytest.raises(ConfigError) as caught:
+        _plan(loaded, CONFIG, use=use)
+    text = str(caught.value)
+    for words in (
+        "has 0.0 MiB; of 1,000.0 MiB free, --memory-utilization 0.5 gives us 500.0 MiB",
+        "weights and buffers take 300.0 MiB, a full step 150.0 MiB and CUDA graphs 50.0 MiB",
+        "--max-num-batched-tokens, --max-num-seqs or --cuda-graph-max-batch-size",
+        "--quantization int8, int4 or fp8",
+    ):
+        assert words in text
+    explicit = dataclasses.replace(CONFIG, kv_cache_gib=0.5)
+    with pytest.raises(
+        ConfigError, match=r"512\.0 MiB but 500\.0 MiB are free beside weights, a full step and CUDA graphs"
+    ):
+        _plan(loaded, explicit, use=use)
+    assert _plan(loaded, explicit, use=dataclasses.replace(use, step_bytes=0)).num_blocks == 512 * mib // BLOCK_BYTES
 
 
 def test_never_more_than_all_requests_can_use(loaded: LoadedModel) -> None:

@@ -9,7 +9,7 @@ from penstock.core.errors import ConfigError
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.runner import limits
 from penstock.execution.runner.cpus import default_threads
-from penstock.execution.runner.limits import resolve_device, resolve_limits, resolve_model_limits
+from penstock.execution.runner.limits import inflight_steps, resolve_device, resolve_limits, resolve_model_limits
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,34 @@ def test_the_model_decides_context_and_type(checkpoint: Path, monkeypatch: pytes
         assert resolve_model_limits(cpu, half).dtype == expected
         assert resolve_model_limits(cpu, model).dtype == "float32"
     assert resolve_model_limits(dataclasses.replace(cpu, dtype="float16"), half).dtype == "float16"
+
+
+def test_a_gpu_computes_in_the_checkpoints_type_even_if_that_is_float32(checkpoint: Path) -> None:
+    model = ModelConfig.from_folder(checkpoint)
+    assert model.dtype == torch.float32
+    gpu = resolve_limits(EngineConfig(), torch.device("cuda"))
+    assert resolve_model_limits(gpu, model).dtype == "float32"
+
+
+def test_steps_overlap_on_a_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"run": True}
+    monkeypatch.setattr(limits, "triton_runs_on", lambda device: kernels["run"])
+    gpu = torch.device("cuda")
+    for setting, on_gpu, on_cpu in (("auto", 2, 1), ("on", 2, 2), ("off", 1, 1)):
+        config = EngineConfig(overlap_scheduling=setting)
+        assert (inflight_steps(config, gpu), inflight_steps(config, CPU)) == (on_gpu, on_cpu)
+    kernels["run"] = False
+    assert inflight_steps(EngineConfig(), gpu) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_blocks_on_a_gpu_are_multiples_of_16_tokens(backend: str) -> None:
+    gpu = torch.device("cuda")
+    assert resolve_limits(EngineConfig(block_size=32, attention_backend=backend), gpu).block_size == 32
+    with pytest.raises(ConfigError, match=r"--block-size 24: .* 16 tokens or a multiple of that"):
+        resolve_limits(EngineConfig(block_size=24, attention_backend=backend), gpu)
+    assert resolve_limits(EngineConfig(block_size=24, attention_backend="torch"), gpu).block_size == 24
+    assert resolve_limits(EngineConfig(block_size=24), CPU).block_size == 24
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

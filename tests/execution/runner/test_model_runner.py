@@ -6,15 +6,22 @@ from penstock.core.errors import IntegrityError
 from penstock.core.types import SamplingParams, TokenLogprobs
 from penstock.engine.step import BlockMove, CachedRequest
 from penstock.execution.models.registry import LoadedModel
-from penstock.execution.runner.model_runner import NO_DISTRIBUTION
+from penstock.execution.runner.outputs import NO_DISTRIBUTION
+from tests.execution.runner.device_harness import DeviceHarness
 from tests.execution.runner.harness import Harness, new_request, solo_logits, solo_tokens
 
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, frequency_penalty=0.4, min_tokens=4)
 A, B, C = [5, 6, 7, 8, 9], list(range(20, 31)), [100, 101]
 
 
-def test_a_mixed_batch_with_chunks_equals_solo_runs(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+@pytest.fixture(params=[Harness, DeviceHarness], ids=["host", "device"])
+def harness(request: pytest.FixtureRequest, loaded: LoadedModel) -> Harness:
+    """What holds for one runner holds for the other, whose launches are waited for here."""
+    made: Harness = request.param(loaded)
+    return made
+
+
+def test_a_mixed_batch_with_chunks_equals_solo_runs(harness: Harness, loaded: LoadedModel) -> None:
     a: list[int] = []
     b: list[int] = []
     c: list[int] = []
@@ -53,8 +60,7 @@ def test_a_mixed_batch_with_chunks_equals_solo_runs(loaded: LoadedModel) -> None
     assert c == solo_tokens(loaded, C, 7)
 
 
-def test_copy_on_write_leaves_the_source_alone(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_copy_on_write_leaves_the_source_alone(harness: Harness, loaded: LoadedModel) -> None:
     harness.step({"a": 11}, new=[new_request("a", B, [3, 4, 5, 6], SAMPLED, seed=1)])
     # A second sample shares the two full blocks and gets a copy of the third; its last prompt token is computed anew.
     fork = new_request("b", B, [3, 4, 8, 9], SAMPLED, seed=2, num_computed_tokens=10)
@@ -66,8 +72,7 @@ def test_copy_on_write_leaves_the_source_alone(loaded: LoadedModel) -> None:
     assert output.sampled_token_ids["b"] + rest["b"] == solo_tokens(loaded, B, 5, SAMPLED, seed=2)
 
 
-def test_blocks_survive_the_way_to_the_host_and_back(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_blocks_survive_the_way_to_the_host_and_back(harness: Harness, loaded: LoadedModel) -> None:
     expected = solo_tokens(loaded, B, 4, SAMPLED, seed=1)
     first = harness.step({"a": 11}, new=[new_request("a", B, [3, 4, 5], SAMPLED, seed=1)]).sampled_token_ids["a"]
     # The blocks leave for the host in the same step in which another request overwrites them.
@@ -79,8 +84,7 @@ def test_blocks_survive_the_way_to_the_host_and_back(loaded: LoadedModel) -> Non
 
 
 @pytest.mark.parametrize("chunks", [[11], [1, 10], [4, 4, 3], [10, 1], [1] * 11])
-def test_prompt_logprobs_across_chunks(loaded: LoadedModel, chunks: list[int]) -> None:
-    harness = Harness(loaded)
+def test_prompt_logprobs_across_chunks(harness: Harness, loaded: LoadedModel, chunks: list[int]) -> None:
     params = SamplingParams(temperature=0.0, prompt_logprobs=3)
     expected = torch.log_softmax(solo_logits(loaded, B), dim=1)
     found: dict[int, TokenLogprobs] = {}
@@ -104,9 +108,8 @@ def test_prompt_logprobs_across_chunks(loaded: LoadedModel, chunks: list[int]) -
         assert [token_id for token_id, _ in entry.top] == row.topk(3).indices.tolist()
 
 
-def test_prompt_logprobs_from_a_position_on(loaded: LoadedModel) -> None:
+def test_prompt_logprobs_from_a_position_on(harness: Harness, loaded: LoadedModel) -> None:
     """A request that was preempted wants only what it has not been told."""
-    harness = Harness(loaded)
     params = SamplingParams(temperature=0.0, prompt_logprobs=0)
     again = new_request("a", [*B, 50, 51], [3, 4, 5, 6], params, num_prompt_tokens=11, prompt_logprobs_start=6)
     output = harness.step({"a": 13}, new=[again])
@@ -115,8 +118,7 @@ def test_prompt_logprobs_from_a_position_on(loaded: LoadedModel) -> None:
     assert all(entry.top == [] for entry in entries)
 
 
-def test_logprobs_of_sampled_tokens(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_logprobs_of_sampled_tokens(harness: Harness, loaded: LoadedModel) -> None:
     params = SamplingParams(temperature=0.0, logprobs=2)
     output = harness.step({"a": 5, "b": 11}, new=[new_request("a", A, [1, 2]), new_request("b", B, [3, 4, 5], params)])
     assert output.logprobs.keys() == {"b"}
@@ -128,8 +130,7 @@ def test_logprobs_of_sampled_tokens(loaded: LoadedModel) -> None:
     assert entry.logprob == pytest.approx(float(expected.max()), abs=1e-4)
 
 
-def test_a_step_that_raises_leaves_the_other_requests_right(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_a_step_that_raises_leaves_the_other_requests_right(harness: Harness, loaded: LoadedModel) -> None:
     harness.step({"a": 5}, new=[new_request("a", A, [1, 2, 10])])
 
     def fail(input_ids: Tensor, hidden: Tensor) -> Tensor:
@@ -161,8 +162,7 @@ def test_a_step_that_raises_leaves_the_other_requests_right(loaded: LoadedModel)
     assert len(harness.batch) == 3
 
 
-def test_a_step_that_raises_before_it_knew_its_requests(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_a_step_that_raises_before_it_knew_its_requests(harness: Harness, loaded: LoadedModel) -> None:
     with pytest.raises(IntegrityError):
         harness.step({"x": 1, "b": 4}, new=[new_request("b", B, [3])], cached=[CachedRequest("x", [], 0)])
     assert harness.step({"x": 1, "b": 4}, cached=[CachedRequest("x", [], 1)]).sampled_token_ids == {}
@@ -171,8 +171,7 @@ def test_a_step_that_raises_before_it_knew_its_requests(loaded: LoadedModel) -> 
     assert len(harness.batch) == 1
 
 
-def test_a_request_without_a_distribution_fails_alone(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_a_request_without_a_distribution_fails_alone(harness: Harness, loaded: LoadedModel) -> None:
     harness.step({"a": 5, "b": 11}, new=[new_request("a", A, [1, 2, 10]), new_request("b", B, [3, 4, 5, 6])])
 
     def poison_first(input_ids: Tensor, hidden: Tensor) -> Tensor:
@@ -189,8 +188,7 @@ def test_a_request_without_a_distribution_fails_alone(loaded: LoadedModel) -> No
     assert output.sampled_token_ids == {"b": solo_tokens(loaded, B, 3)[2:]}
 
 
-def test_a_preempted_request_goes_on_with_the_same_tokens(loaded: LoadedModel) -> None:
-    harness = Harness(loaded)
+def test_a_preempted_request_goes_on_with_the_same_tokens(harness: Harness, loaded: LoadedModel) -> None:
     expected = solo_tokens(loaded, A, 8, SAMPLED, seed=77)
     first = harness.step({"a": 5}, new=[new_request("a", A, [1, 2, 3], SAMPLED, seed=77)]).sampled_token_ids["a"]
     first += harness.decode({"a": 6}, 3)["a"]
@@ -202,6 +200,6 @@ def test_a_preempted_request_goes_on_with_the_same_tokens(loaded: LoadedModel) -
     assert first + output.sampled_token_ids["a"] + harness.decode({"a": 10}, 3)["a"] == expected
 
 
-def test_says_what_the_parts_of_a_step_took(loaded: LoadedModel) -> None:
-    output = Harness(loaded).step({"a": 5}, new=[new_request("a", A, [1, 2, 10])])
+def test_says_what_the_parts_of_a_step_took(harness: Harness, loaded: LoadedModel) -> None:
+    output = harness.step({"a": 5}, new=[new_request("a", A, [1, 2, 10])])
     assert min(output.prepare_seconds, output.forward_seconds, output.sample_seconds) > 0

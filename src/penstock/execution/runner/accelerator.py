@@ -4,18 +4,21 @@
     device   │ step N …                │ step N+1 …            in order, one queue
 
 `CudaAccelerator` is a GPU. `HostAccelerator` stands for one on the CPU, where Triton's interpreter runs the kernels: the same runner,
-with work done when it is asked for. Its copies arrive when they are waited for and no sooner, and recorded work is the recorded function
-called again, so that a runner that reads a result early or bakes a number into a graph is found out.
+with work done when it is asked for. Its copies to the host arrive when they are waited for and no sooner, what was sent from the host is
+compared then with what is there, and recorded work is the recorded function called again: a runner that reads a result early, writes to
+memory that is still being copied, or bakes a number into a graph is found out.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from penstock.core.errors import IntegrityError
 
 
 class Mark(Protocol):
@@ -48,8 +51,18 @@ class Accelerator(Protocol):
         """A mark behind all work given so far."""
         ...
 
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Queue the copy of pinned memory into a device tensor of the same shape. The source must stay as it is until a later mark is
+        reached."""
+        ...
+
     def fetch(self, source: Tensor, target: Tensor) -> None:
         """Queue the copy of a device tensor into pinned memory of the same shape. It is there when a later mark is reached."""
+        ...
+
+    def is_lost(self) -> bool:
+        """Whether an error has made the device useless to this process: after a fault in a kernel every further call fails. Waits for all
+        work given so far; to be asked when something was raised."""
         ...
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -70,11 +83,11 @@ class CudaMark:
     """See Mark."""
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def reached(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -89,7 +102,7 @@ class CudaAccelerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool: object | None = None
+        self._pool: Any = None
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -97,8 +110,18 @@ class CudaAccelerator:
     def mark(self) -> CudaMark:
         return CudaMark()
 
+    def send(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
     def fetch(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=True)
+
+    def is_lost(self) -> bool:
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -124,17 +147,16 @@ class HostMark:
     """See Mark. What was fetched before it arrives when it is waited for."""
 
     def __init__(self, deliver: Callable[[], None]) -> None:
-        self._deliver = deliver
+        self._deliver: Callable[[], None] | None = deliver
         self._time = time.perf_counter()
-        self._reached = False
 
     def reached(self) -> bool:
-        return self._reached
+        return self._deliver is None
 
     def wait(self) -> None:
-        if not self._reached:
+        if self._deliver is not None:
             self._deliver()
-            self._reached = True
+            self._deliver = None
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, HostMark)  # noqa: S101  one device has one kind of marks
@@ -146,22 +168,47 @@ class HostAccelerator:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self._fetches: list[tuple[Tensor, Tensor]] = []
+        self._arriving: list[Callable[[], None]] = []
+        self._last_mark: HostMark | None = None
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     def mark(self) -> HostMark:
-        fetches, self._fetches = self._fetches, []
+        arriving, self._arriving = self._arriving, []
+        earlier = self._last_mark
 
         def deliver() -> None:
-            for source, target in fetches:
-                target.copy_(source)
+            if earlier is not None:
+                earlier.wait()
+            for arrive in arriving:
+                arrive()
 
-        return HostMark(deliver)
+        self._last_mark = HostMark(deliver)
+        return self._last_mark
+
+    def send(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source)
+        sent = source.clone()
+
+        def compare() -> None:
+            if not torch.equal(source, sent):
+                raise IntegrityError("pinned memory was written to before the device had copied it")
+
+        self._arriving.append(compare)
 
     def fetch(self, source: Tensor, target: Tensor) -> None:
-        self._fetches.append((source.clone(), target))
+        fetched = source.clone()
+
+        def arrive() -> None:
+            with torch.inference_mode():
+                target.copy_(fetched)
+
+        self._arriving.append(arrive)
+
+    def is_lost(self) -> bool:
+        self.mark().wait()
+        return False
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         return function

@@ -1,11 +1,12 @@
 """How many KV blocks there are.
 
     free memory before the weights ┤ share that is ours (memory_utilization) ├ the rest of the machine
-                                   [ weights | activations of a full step | KV cache ]
+                                   [ weights, buffers | a full step | CUDA graphs | KV cache ]
 
 but never more than KV_CAP_FACTOR times what max_num_seqs requests of full length need: those can all run at once, and as much again
 holds prefixes for reuse. Who wants more says so with --kv-cache-gib, which is taken as it is.
-On a CPU the memory is reserved but not touched until a block is used, so the process grows with its load.
+On a CPU the memory is reserved but not touched until a block is used, so the process grows with its load, and what a step takes is
+estimated. On a GPU everything before the cache is measured: see device_start.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
 from penstock.execution.attention.backend import AttentionBackend, KVCache, KVCacheSpec
 from penstock.execution.models.config import ModelConfig
+from penstock.execution.runner.out_of_memory import mib
 
 GIB = 2**30
 KV_CAP_FACTOR = 2
@@ -43,6 +45,22 @@ class KVPlan:
     num_blocks: int
     num_host_blocks: int
     bytes_per_block: int
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What is spoken for before there is a KV cache, in bytes.
+
+    free_bytes: free on the device before the weights were loaded. weight_bytes: what weights, and buffers that stay, have taken of it.
+    step_bytes: what a full step takes for its time. graph_bytes: what CUDA graphs will take.
+    measured: whether these were measured, on a GPU; elsewhere a step is estimated from above.
+    """
+
+    free_bytes: int
+    weight_bytes: int
+    step_bytes: int
+    graph_bytes: int = 0
+    measured: bool = False
 
 
 def free_memory(device: torch.device) -> int:
@@ -92,14 +110,11 @@ def plan_kv_memory(
     model: ModelConfig,
     backend: AttentionBackend,
     spec: KVCacheSpec,
+    use: MemoryUse,
     *,
-    free_bytes: int,
-    weight_bytes: int,
-    step_bytes: int,
     free_host_bytes: int,
 ) -> KVPlan:
-    """Size the cache. `config` is resolved; `spec`: a layer's. `free_bytes`: free on the device before the weights were loaded;
-    `step_bytes`: what a full step takes beside weights and cache; `free_host_bytes`: free in main memory now. Raises ConfigError when no
+    """Size the cache. `config` is resolved; `spec`: a layer's; `free_host_bytes`: free in main memory now. Raises ConfigError when no
     useful request fits, or the host tier does not."""
     block_size = config.block_size
     bytes_per_block = model.num_layers * backend.bytes_per_block(spec)
@@ -109,27 +124,47 @@ def plan_kv_memory(
         room = int(config.kv_cache_gib * GIB)
         num_blocks = room // bytes_per_block
         fix = f"raise --kv-cache-gib to at least {_gib_up(wanted * bytes_per_block)}"
-        if room > free_bytes - weight_bytes:
-            raise ConfigError(
-                f"--kv-cache-gib {config.kv_cache_gib:g} is {_mib(room)} but {_mib(max(0, free_bytes - weight_bytes))} are free "
-                "beside the weights; lower it."
-            )
+        _check_explicit_size(config.kv_cache_gib, room, use)
     else:
-        share = int(config.memory_utilization * free_bytes)
-        room = share - weight_bytes - step_bytes
+        share = int(config.memory_utilization * use.free_bytes)
+        room = share - use.weight_bytes - use.step_bytes - use.graph_bytes
         num_blocks = min(room // bytes_per_block, KV_CAP_FACTOR * config.max_num_seqs * blocks_per_request)
-        fix = "raise --memory-utilization, lower --max-num-batched-tokens, or take a smaller model"
+        fix = _how_to_get_room(config, use)
     if num_blocks < wanted:
         raise ConfigError(
-            f"The KV cache needs at least {_mib(wanted * bytes_per_block)} for one request but has {_mib(max(0, room))}; {fix}."
+            f"The KV cache needs at least {mib(wanted * bytes_per_block)} for one request but has {mib(max(0, room))}; {fix}."
         )
     num_host_blocks = int(config.swap_space_gib * GIB) // bytes_per_block
     if num_host_blocks * bytes_per_block > free_host_bytes:
         raise ConfigError(
-            f"--swap-space-gib {config.swap_space_gib:g} is {_mib(num_host_blocks * bytes_per_block)} but "
-            f"{_mib(free_host_bytes)} of main memory are free; lower it."
+            f"--swap-space-gib {config.swap_space_gib:g} is {mib(num_host_blocks * bytes_per_block)} but "
+            f"{mib(free_host_bytes)} of main memory are free; lower it."
         )
     return KVPlan(num_blocks, num_host_blocks, bytes_per_block)
+
+
+def _check_explicit_size(gib: float, room: int, use: MemoryUse) -> None:
+    """What was measured has to fit beside a cache of an explicit size; an estimate from above does not."""
+    free = use.free_bytes - use.weight_bytes
+    beside = "the weights"
+    if use.measured:
+        free -= use.step_bytes + use.graph_bytes
+        beside = "weights, a full step and CUDA graphs"
+    if room > free:
+        raise ConfigError(
+            f"--kv-cache-gib {gib:g} is {mib(room)} but {mib(max(0, free))} are free beside {beside}; lower it."
+        )
+
+
+def _how_to_get_room(config: EngineConfig, use: MemoryUse) -> str:
+    if not use.measured:
+        return "raise --memory-utilization, lower --max-num-batched-tokens, or take a smaller model"
+    return (
+        f"of {mib(use.free_bytes)} free, --memory-utilization {config.memory_utilization:g} gives us "
+        f"{mib(int(config.memory_utilization * use.free_bytes))}, of which weights and buffers take {mib(use.weight_bytes)}, "
+        f"a full step {mib(use.step_bytes)} and CUDA graphs {mib(use.graph_bytes)}: raise it, lower --max-num-batched-tokens, "
+        "--max-num-seqs or --cuda-graph-max-batch-size, or take fewer bits a weight (--quantization int8, int4 or fp8) or a smaller model"
+    )
 
 
 def allocate_kv_caches(
@@ -140,10 +175,6 @@ def allocate_kv_caches(
     if not plan.num_host_blocks:
         return device_caches, []
     return device_caches, [backend.allocate_host_cache(plan.num_host_blocks, spec, device) for _ in range(num_layers)]
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def _gib_up(size: int) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from penstock.core.config import DType, EngineConfig
 from penstock.core.errors import ConfigError
+from penstock.execution.kernels.triton.support import triton_runs_on
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.runner.cpus import default_threads
 
@@ -17,6 +18,11 @@ _DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MEMORY_UTILIZATION = {"cpu": 0.5, "cuda": 0.9}
+# Steps in flight with overlap: one that runs, and the next, prepared and waiting in the device's queue. A third would only be decided on
+# older news.
+_OVERLAPPED = 2
+# Tokens that GPU attention takes at once; a block is a whole number of them.
+_GPU_BLOCK_MULTIPLE = 16
 
 
 def resolve_device(name: str) -> torch.device:
@@ -31,8 +37,10 @@ def resolve_device(name: str) -> torch.device:
 def resolve_limits(config: EngineConfig, device: torch.device) -> EngineConfig:
     """`config` with device, threads, memory share, token budget, request limit and prefill cap replaced by numbers.
 
-    What depends on the model (dtype, max_model_len) stays; see `resolve_model_limits`.
+    What depends on the model (dtype, max_model_len) stays; see `resolve_model_limits`. Raises ConfigError for blocks that the device's
+    attention cannot take.
     """
+    _check_block_size(config, device)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     return dataclasses.replace(
         config,
@@ -60,13 +68,33 @@ def resolve_model_limits(config: EngineConfig, model: ModelConfig) -> EngineConf
     )
 
 
+def runs_on_accelerator(config: EngineConfig, device: torch.device) -> bool:
+    """Whether steps go on behind the host's back: on a GPU with Triton kernels, and on a CPU where their interpreter stands for one."""
+    return triton_runs_on(device) and (device.type != "cpu" or config.attention_backend == "triton")
+
+
+def inflight_steps(config: EngineConfig, device: torch.device) -> int:
+    """How many steps may be submitted before the first is done."""
+    if config.overlap_scheduling == "auto":
+        return _OVERLAPPED if device.type != "cpu" and runs_on_accelerator(config, device) else 1
+    return _OVERLAPPED if config.overlap_scheduling == "on" else 1
+
+
 def torch_dtype(name: DType) -> torch.dtype:
     """The torch type of a resolved `dtype` setting."""
     return _DTYPES[name]
 
 
+def _check_block_size(config: EngineConfig, device: torch.device) -> None:
+    on_gpu = device.type != "cpu" or config.attention_backend == "triton"
+    if on_gpu and config.attention_backend != "torch" and config.block_size % _GPU_BLOCK_MULTIPLE:
+        raise ConfigError(
+            f"--block-size {config.block_size}: attention on a GPU takes blocks of {_GPU_BLOCK_MULTIPLE} tokens or a multiple of that."
+        )
+
+
 def _auto_dtype(device: str, stored: torch.dtype) -> DType:
-    """A GPU computes in the checkpoint's type, a CPU in float32 unless it has units for the checkpoint's bfloat16."""
+    """A GPU computes in the checkpoint's type, float32 included, a CPU in float32 unless it has units for the checkpoint's bfloat16."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     if device == "cuda":
         return names[stored]

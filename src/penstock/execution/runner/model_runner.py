@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from penstock.core.types import SamplingParams
 from penstock.engine.step import BlockMove, RunnerOutput, SchedulerOutput
 from penstock.execution.attention.backend import AttentionBackend, KVCache
 from penstock.execution.attention.context import ForwardContext, forward_context
 from penstock.execution.runner.batch import PersistentBatch, StepInputs
+from penstock.execution.runner.outputs import add_samples, plan_prompt_logprobs, sampling_keys
 from penstock.execution.sampling.logprobs import MAX_LOGITS_BYTES, prompt_token_logprobs
 from penstock.execution.sampling.sampler import SampledRows, Sampler
-
-NO_DISTRIBUTION = "The model gave no usable probabilities (NaN, infinite, or every token forbidden by the request)."
 
 
 class Model(Protocol):
@@ -36,6 +37,50 @@ class Model(Protocol):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [M, hidden_size] → logits float32 [M, vocab_size]."""
         ...
+
+
+class SlotSampler(Protocol):
+    """What runners ask of a sampler beside sampling; see sampling.sampler.Sampler."""
+
+    def add(
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        sample_index: int,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+    ) -> None: ...
+
+    def remove(self, slot: int) -> None: ...
+
+
+def forget_requests(step: SchedulerOutput, batch: PersistentBatch, sampler: SlotSampler) -> None:
+    """Free the slots of those that are finished or preempted."""
+    for keys in (step.finished_keys, step.preempted_keys):
+        for key in keys:
+            slot = batch.remove(key)
+            if slot is not None:
+                sampler.remove(slot)
+
+
+def add_requests(step: SchedulerOutput, batch: PersistentBatch, sampler: SlotSampler) -> list[int]:
+    """Give those that are new a slot each, which are returned."""
+    slots = []
+    for new in step.new_requests:
+        slot = batch.add(new)
+        tokens = batch.token_ids(slot)
+        sampler.add(
+            slot,
+            new.sampling,
+            seed=new.seed,
+            sample_index=new.sample_index,
+            prompt=tokens[: new.num_prompt_tokens],
+            output=tokens[new.num_prompt_tokens :],
+        )
+        slots.append(slot)
+    return slots
 
 
 class ModelRunner:
@@ -80,9 +125,9 @@ class ModelRunner:
 
     def _execute(self, step: SchedulerOutput) -> RunnerOutput:
         begun = time.perf_counter()
-        self._forget(step)
+        forget_requests(step, self._batch, self._sampler)
         self._move_blocks(step)
-        self._add(step)
+        add_requests(step, self._batch, self._sampler)
         self._batch.update(step.cached_requests)
         output = RunnerOutput(step.step_id)
         inputs = self._batch.build(step.num_scheduled_tokens)
@@ -107,26 +152,6 @@ class ModelRunner:
         output.sample_seconds = time.perf_counter() - forwarded
         return output
 
-    def _forget(self, step: SchedulerOutput) -> None:
-        for keys in (step.finished_keys, step.preempted_keys):
-            for key in keys:
-                slot = self._batch.remove(key)
-                if slot is not None:
-                    self._sampler.remove(slot)
-
-    def _add(self, step: SchedulerOutput) -> None:
-        for new in step.new_requests:
-            slot = self._batch.add(new)
-            tokens = self._batch.token_ids(slot)
-            self._sampler.add(
-                slot,
-                new.sampling,
-                seed=new.seed,
-                sample_index=new.sample_index,
-                prompt=tokens[: new.num_prompt_tokens],
-                output=tokens[new.num_prompt_tokens :],
-            )
-
     def _move_blocks(self, step: SchedulerOutput) -> None:
         if step.swap_outs:
             self._backend.swap_out(self._kv_caches, self._host_caches, step.swap_outs)
@@ -138,65 +163,28 @@ class ModelRunner:
 
     def _take_samples(self, output: RunnerOutput, inputs: StepInputs, sampled: SampledRows) -> None:
         """Append the sampled tokens to the batch and to `output`."""
-        keys, slots = inputs.keys, inputs.slots
-        if len(inputs.sampling) < len(keys):
-            keys, slots = [keys[row] for row in inputs.sampling.tolist()], slots[inputs.sampling]
-        token_ids, failed = sampled.token_ids, sampled.failed
-        if failed.any():
-            for row in np.flatnonzero(failed).tolist():
-                output.errors[keys[row]] = NO_DISTRIBUTION
-                output.prompt_logprobs.pop(keys[row], None)
+        entries = [] if sampled.logprobs is None else sampled.logprobs.to_structs(sampled.num_top)
+        add_samples(output, sampling_keys(inputs), sampled.token_ids, sampled.failed, sampled.logprob_rows, entries)
+        slots, token_ids = inputs.slots[inputs.sampling], sampled.token_ids
+        if output.errors:
             self._batch.set_broken(output.errors)
-            self._batch.append(slots[~failed], token_ids[~failed])
-        else:
-            self._batch.append(slots, token_ids)
-        output.sampled_token_ids = {key: [token_id] for key, token_id in zip(keys, token_ids.tolist(), strict=True)}
-        for key in output.errors:
-            del output.sampled_token_ids[key]
-        if sampled.logprobs is not None:
-            entries = sampled.logprobs.to_structs(sampled.num_top)
-            for row, entry in zip(sampled.logprob_rows.tolist(), entries, strict=True):
-                if keys[row] not in output.errors:
-                    output.logprobs[keys[row]] = [entry]
+            slots, token_ids = slots[~sampled.failed], token_ids[~sampled.failed]
+        self._batch.append(slots, token_ids)
 
     def _add_prompt_logprobs(self, output: RunnerOutput, inputs: StepInputs, hidden: Tensor) -> None:
-        """Log-probabilities of prompt tokens that this step's hidden states predict.
-
-        The hidden state of position p - 1 predicts the token at p, so a chunk of positions [start, end) has the entries for
-        [start + 1, end + 1), as far as they are prompt tokens; the chunk before it had the one for `start`.
-        """
-        spans: list[tuple[str, int, int]] = []
-        rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-        targets: list[np.ndarray[tuple[int], np.dtype[np.int32]]] = []
-        num_top: list[int] = []
-        for row in np.flatnonzero(self._batch.wants_prompt_logprobs[inputs.slots]).tolist():
-            key = inputs.keys[row]
-            request = self._batch.request(key)
-            start = int(inputs.starts[row])
-            first = max(start + 1, request.prompt_logprobs_start, 1)
-            last = min(start + int(inputs.counts[row]) + 1, request.num_prompt_tokens)
-            if first >= last:
-                continue
-            hidden_row = int(inputs.attention.query_start_host[row]) + first - 1 - start
-            spans.append((key, first, last - first))
-            rows.append(np.arange(hidden_row, hidden_row + last - first))
-            targets.append(self._batch.token_ids(request.slot)[first:last])
-            num_top += [request.sampling.prompt_logprobs or 0] * (last - first)
-        if not spans:
+        plan = plan_prompt_logprobs(self._batch, inputs)
+        if plan is None:
             return
         entries = prompt_token_logprobs(
             hidden,
-            np.concatenate(rows),
-            np.concatenate(targets).astype(np.int64),
-            num_top,
+            plan.rows,
+            plan.targets,
+            plan.num_top,
             compute_logits=self._model.compute_logits,
             vocab_size=self._sampler.vocab_size,
             max_logits_bytes=self._max_logits_bytes,
         )
-        done = 0
-        for key, first, count in spans:
-            output.prompt_logprobs[key] = (first, entries[done : done + count])
-            done += count
+        plan.add_to(output, entries)
 
 
 def _block_ids(moves: Sequence[BlockMove], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -67,20 +67,22 @@ def token_logprobs(
 
 def torch_token_logprobs(logits: Tensor, token_ids: npt.NDArray[np.int64], num_top: int) -> LogprobRows:
     """`token_logprobs` with torch's operators, on any device: token m under row m."""
-    chosen = logits.gather(1, torch.from_numpy(token_ids).to(logits.device).unsqueeze(1))
+    found = logprob_tensors(logits, torch.from_numpy(token_ids).to(logits.device), num_top)
+    logprobs, ranks, top_ids, top_logprobs = (tensor.cpu().numpy() for tensor in found)
+    return LogprobRows(token_ids, logprobs, ranks, top_ids, top_logprobs)
+
+
+def logprob_tensors(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The numbers of `LogprobRows` where the logits, float32 [M, V], are, without waiting for them: logprobs, ranks, top_ids and
+    top_logprobs of token_ids, int64 [M]."""
+    chosen = logits.gather(1, token_ids.unsqueeze(1))
     normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
     ranks = (logits > chosen).sum(dim=1) + 1
     top_values, top_ids = torch.topk(logits, num_top, dim=1)
     # topk leaves the order of equals open.
     top_ids, by_id = torch.sort(top_ids, dim=1)
     top_values, by_value = torch.sort(top_values.gather(1, by_id), dim=1, descending=True, stable=True)
-    return LogprobRows(
-        token_ids=token_ids,
-        logprobs=(chosen - normalizer).squeeze(1).cpu().numpy(),
-        ranks=ranks.cpu().numpy(),
-        top_ids=top_ids.gather(1, by_value).cpu().numpy(),
-        top_logprobs=(top_values - normalizer).cpu().numpy(),
-    )
+    return (chosen - normalizer).squeeze(1), ranks, top_ids.gather(1, by_value), top_values - normalizer
 
 
 def prompt_token_logprobs(
