@@ -146,7 +146,7 @@ class Results:
         data = msgspec.to_builtins(measure())
         self.sections[name] = {
             "environment": msgspec.to_builtins(environment),
-            "commit": _commit(),
+            "commit": commit(),
             "seconds": round(time.perf_counter() - started, 1),
             "data": data,
         }
@@ -186,7 +186,10 @@ def milliseconds(values: Distribution | None, name: str) -> str:
     return "–" if values is None else f"{getattr(values, name) * 1000:.1f}"
 
 
-def _commit() -> str:
-    """The checkout's commit, with + when tracked files differ; "" outside of a checkout."""
+def commit() -> str:
+    """The checkout's commit, with + when tracked files differ; "" outside of a checkout and without git."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""

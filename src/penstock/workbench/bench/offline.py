@@ -57,11 +57,13 @@ class BatchRun:
         return self.output_tokens / self.wall_s
 
 
-def run_batch(llm: Generator, requests: Sequence[BenchRequest]) -> BatchRun:
-    """Generate all requests in one call, greedy, each to exactly its length. Raises BenchmarkError when one fails."""
+def run_batch(llm: Generator, requests: Sequence[BenchRequest], *, temperature: float = 0.0) -> BatchRun:
+    """Generate all requests in one call, greedy unless told otherwise, each to exactly its length. Raises BenchmarkError when one fails."""
     prompts = [request.prompt for request in requests]
     sampling = [
-        SamplingParams(temperature=0.0, max_tokens=request.max_tokens, min_tokens=request.max_tokens, ignore_eos=True)
+        SamplingParams(
+            temperature=temperature, max_tokens=request.max_tokens, min_tokens=request.max_tokens, ignore_eos=True
+        )
         for request in requests
     ]
     cpu_before, started = time.process_time(), time.perf_counter()
