@@ -11,7 +11,7 @@ import pytest
 
 from penstock.testing.server import RunningServer
 
-EXAMPLES = [10, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+EXAMPLES = [4, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 
 
 @pytest.mark.slow

@@ -105,12 +105,12 @@ def check_resources(compiled: list[CompiledKernel], *, max_stack_bytes: int = 0)
         assert kernel.stack_bytes <= max_stack_bytes, f"{what}: {kernel.stack_bytes} B of stack (spilled registers)"
 
 
-def run_compile_only(script: Path, *arguments: str, timeout_s: float = 110) -> str:
-    """Run a Python file in a process without the interpreter and return what it printed; raises AssertionError with its output when it
-    fails. Compiled kernels are cached, by source and target, in Triton's own folder."""
+def run_compile_only(module: str, *arguments: str, timeout_s: float = 110) -> None:
+    """Run a module (`python -m`) in a process without the interpreter; raises AssertionError with its output when it fails. Compiled
+    kernels are cached, by source and target, in Triton's own folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(  # noqa: S603
-        [sys.executable, str(script), *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -118,7 +118,6 @@ def run_compile_only(script: Path, *arguments: str, timeout_s: float = 110) -> s
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

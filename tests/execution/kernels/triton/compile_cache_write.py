@@ -36,15 +36,10 @@ def cached(dtype: torch.dtype, arithmetic: torch.dtype, kv_heads: int, dim: int)
     return cache, None if dtype == arithmetic else torch.empty(4, 16, kv_heads)
 
 
-def main() -> None:
-    for capability in (80, 90):
-        with compile_only(capability) as compiled:
-            for tokens in (1, 4096):
-                write(tokens, 128, BF16, BF16, BF16, norms=True)
-                write(tokens, 64, FP16, INT8, INT8, norms=False)
-                write(tokens, 80, BF16, BF16, FP8, norms=True)
-        check_resources(compiled)
-
-
-if __name__ == "__main__":
-    main()
+def compile_kernels(capability: int) -> None:
+    with compile_only(capability) as compiled:
+        for tokens in (1, 4096):
+            write(tokens, 128, BF16, BF16, BF16, norms=True)
+            write(tokens, 64, FP16, INT8, INT8, norms=False)
+            write(tokens, 80, BF16, BF16, FP8, norms=True)
+    check_resources(compiled)

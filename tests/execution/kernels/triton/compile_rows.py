@@ -8,17 +8,12 @@ from penstock.execution.kernels.triton import rows
 from penstock.testing.triton_compile import check_resources, compile_only
 
 
-def main() -> None:
-    for capability in (80, 90):
-        with compile_only(capability) as compiled:
-            for dtype in (torch.bfloat16, torch.float16):
-                for size in (576, 2048, 8192):
-                    x, weight = torch.empty(3, size, dtype=dtype), torch.empty(size, dtype=dtype)
-                    rows.rms_norm(x, weight, 1e-5)
-                    rows.add_rms_norm(x, x.clone(), weight, 1e-5)
-                rows.silu_and_mul(torch.empty(3, 2 * 5632, dtype=dtype))
-        check_resources(compiled)
-
-
-if __name__ == "__main__":
-    main()
+def compile_kernels(capability: int) -> None:
+    with compile_only(capability) as compiled:
+        for dtype in (torch.bfloat16, torch.float16):
+            for size in (576, 2048, 8192):
+                x, weight = torch.empty(3, size, dtype=dtype), torch.empty(size, dtype=dtype)
+                rows.rms_norm(x, weight, 1e-5)
+                rows.add_rms_norm(x, x.clone(), weight, 1e-5)
+            rows.silu_and_mul(torch.empty(3, 2 * 5632, dtype=dtype))
+    check_resources(compiled)

@@ -39,12 +39,7 @@ def compile_for(capability: int, vocab_size: int, dtype: torch.dtype) -> None:
     check_resources(compiled)
 
 
-def main() -> None:
-    compile_for(80, 151_936, torch.bfloat16)
-    compile_for(80, 32_000, torch.float32)
-    compile_for(90, 151_936, torch.bfloat16)
-    compile_for(90, 262_144, torch.float32)
-
-
-if __name__ == "__main__":
-    main()
+def compile_kernels(capability: int, *, everything: bool) -> None:
+    compile_for(capability, 151_936, torch.bfloat16)
+    if everything or capability == 90:
+        compile_for(capability, 262_144 if capability == 90 else 32_000, torch.float32)

@@ -32,32 +32,27 @@ def make_tensors(block_size: int) -> step_inputs.StepTensors:
     )
 
 
-def main() -> None:
+def compile_kernels(capability: int) -> None:
     staging = torch.empty(1 << 20, dtype=torch.int32)
-    for capability in (80, 90):
-        with compile_only(capability) as compiled:
-            for block_size in (16, 24, 256):
-                tensors = make_tensors(block_size)
-                for num_requests in (1, 16, 255):
-                    step_inputs.prepare_inputs(
-                        staging[: 4 * 260].view(4, 260),
-                        tensors,
-                        num_requests=num_requests,
-                        num_rows=num_requests + 1,
-                        max_count=1,
-                        max_seq_len=CONTEXT,
-                    )
-                runs = staging[1040:1048].view(2, 4)
-                step_inputs.write_runs(tensors.token_ids, runs, staging[1048:], CONTEXT)
-                step_inputs.write_runs(tensors.block_table, runs, staging[1048:], 1)
-                for count in (1, 16, 255):
-                    chosen = torch.empty(count, dtype=torch.int64)
-                    step_inputs.append_tokens(tensors, chosen, torch.empty(count, dtype=torch.bool))
-        check_resources(compiled)
-        # What changes from step to step is no reason to compile again.
-        assert len({kernel.ptx for kernel in compiled if kernel.name == "_prepare_kernel"}) == 3
-        assert len({kernel.ptx for kernel in compiled if kernel.name == "_append_kernel"}) == 1
-
-
-if __name__ == "__main__":
-    main()
+    with compile_only(capability) as compiled:
+        for block_size in (16, 24, 256):
+            tensors = make_tensors(block_size)
+            for num_requests in (1, 16, 255):
+                step_inputs.prepare_inputs(
+                    staging[: 4 * 260].view(4, 260),
+                    tensors,
+                    num_requests=num_requests,
+                    num_rows=num_requests + 1,
+                    max_count=1,
+                    max_seq_len=CONTEXT,
+                )
+            runs = staging[1040:1048].view(2, 4)
+            step_inputs.write_runs(tensors.token_ids, runs, staging[1048:], CONTEXT)
+            step_inputs.write_runs(tensors.block_table, runs, staging[1048:], 1)
+            for count in (1, 16, 255):
+                chosen = torch.empty(count, dtype=torch.int64)
+                step_inputs.append_tokens(tensors, chosen, torch.empty(count, dtype=torch.bool))
+    check_resources(compiled)
+    # What changes from step to step is no reason to compile again.
+    assert len({kernel.ptx for kernel in compiled if kernel.name == "_prepare_kernel"}) == 3
+    assert len({kernel.ptx for kernel in compiled if kernel.name == "_append_kernel"}) == 1

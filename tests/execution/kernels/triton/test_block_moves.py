@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from penstock.execution.kernels.triton.block_moves import ALIGNMENT, move_blocks, move_blocks_twin
-from penstock.testing.triton_compile import run_compile_only
 
 
 def test_blocks_of_several_tensors(device: torch.device) -> None:
@@ -30,7 +27,3 @@ def test_blocks_of_several_tensors(device: torch.device) -> None:
     for target, other, source in zip(targets, expected, sources, strict=True):
         assert torch.equal(target, other)
         assert torch.equal(target[5], source[2].cpu())
-
-
-def test_kernels_compile_ahead_of_time() -> None:
-    run_compile_only(Path(__file__).with_name("compile_block_moves.py"))

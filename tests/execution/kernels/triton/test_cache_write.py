@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,6 @@ from penstock.core.errors import IntegrityError
 from penstock.execution.kernels.triton import cache_write
 from penstock.execution.kernels.triton.attention import read_cached
 from penstock.execution.kernels.triton.cache_write import rotate_and_write, rotate_and_write_twin, write, write_twin
-from penstock.testing.triton_compile import run_compile_only
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -157,7 +154,3 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         write(rows.mT[:, :2], rows.mT[:, :2], *caches, slots)
     with pytest.raises(IntegrityError, match="float32 with scales"):
         write(rows[:, :2], rows[:, :2], *caches[:2], torch.zeros(6, 16, 2, device=device), None, slots)
-
-
-def test_kernels_compile_ahead_of_time() -> None:
-    run_compile_only(Path(__file__).with_name("compile_cache_write.py"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from penstock.execution.kernels.triton import step_inputs
 from penstock.execution.kernels.triton.step_inputs import StepTensors
-from penstock.testing.triton_compile import run_compile_only
 
 SLOTS, REQUESTS, TOKENS, CONTEXT, BLOCKS = 6, 5, 600, 700, 43
 
@@ -120,7 +118,3 @@ def test_sampled_tokens(count: int, device: torch.device) -> None:
     assert_equal(tensors, expected)
     assert tensors.sampled[:count].tolist() == [7, -1, 131_071, 5, -1][:count]
     assert tensors.token_ids[2, 700] == 7
-
-
-def test_kernels_compile_ahead_of_time() -> None:
-    run_compile_only(Path(__file__).with_name("compile_step_inputs.py"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from penstock.core.errors import IntegrityError
 from penstock.execution.kernels.triton import support
 from penstock.execution.kernels.triton.attention import num_splits, paged_attention, paged_attention_twin
 from penstock.execution.kernels.triton.cache_write import write_twin
-from penstock.testing.triton_compile import run_compile_only
 
 FP8 = torch.float8_e4m3fn
 SCALE = 0.2
@@ -288,8 +286,3 @@ def test_large_shapes(dim: int, key_dtype: torch.dtype, device: torch.device) ->
     step = make_step(shape, device)
     for window in (None, 1024):
         step.assert_equal_to_twin(window)
-
-
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_kernels_compile_ahead_of_time(capability: str) -> None:
-    run_compile_only(Path(__file__).with_name("compile_attention.py"), capability)

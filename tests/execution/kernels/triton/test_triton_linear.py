@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from penstock.execution.kernels.torch_int4 import TorchInt4Linear, torch_int4_su
 from penstock.execution.kernels.triton import fp8, linear, linear_gemm, linear_pack, support
 from penstock.execution.kernels.triton.linear import TritonLinear, linear_twin
 from penstock.execution.layers.linear_choice import cuda_seconds
-from penstock.testing.triton_compile import run_compile_only
 
 # Weights are rounded once to 16 bits (float32: middles are subtracted from numbers up to 66 times larger), results once more.
 UNIT = {torch.float32: 2**-17, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -290,7 +288,3 @@ def test_times_of_kernels_are_plausible(device: torch.device) -> None:
     x = activations(1, 2048, torch.bfloat16, device)
     seconds = [cuda_seconds(TritonLinear(weight, None), x) for weight in (small, large)]
     assert 1e-7 < seconds[0] < seconds[1] < 1e-2
-
-
-def test_kernels_compile_ahead_of_time() -> None:
-    run_compile_only(Path(__file__).with_name("compile_linear.py"))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from penstock.execution.kernels.triton import rows
-from penstock.testing.triton_compile import run_compile_only
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -38,7 +35,3 @@ def test_gated_activation(dtype: torch.dtype, size: int, device: torch.device) -
     torch.testing.assert_close(
         rows.silu_and_mul(gate_up), rows.silu_and_mul_twin(gate_up), rtol=tolerance, atol=tolerance
     )
-
-
-def test_kernels_compile_ahead_of_time() -> None:
-    run_compile_only(Path(__file__).with_name("compile_rows.py"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,6 @@ from penstock.execution.kernels.triton.sampling import (
 )
 from penstock.execution.kernels.triton.sampling_keys import end_key
 from penstock.execution.sampling.logprobs import torch_token_logprobs
-from penstock.testing.triton_compile import run_compile_only
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
@@ -94,7 +91,3 @@ def test_alternatives_that_are_forbidden_come_last(device: torch.device) -> None
 def test_end_keys_order_as_probabilities_do() -> None:
     keys = [end_key(min_p) for min_p in (1.0, 0.5, 0.1, 1e-9, 0.0)]
     assert keys == sorted(set(keys))
-
-
-def test_kernels_compile_ahead_of_time() -> None:
-    run_compile_only(Path(__file__).with_name("compile_sampling.py"))
