@@ -98,6 +98,7 @@ async def test_streams_continue_after_the_engine_is_killed_or_hangs(number: sign
         assert server.metric("penstock_engine_restarts_total") == 1
 
 
+@pytest.mark.slow
 async def test_a_request_in_two_crashes_ends_with_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ async def test_a_killed_worker_is_replaced_and_the_streams_of_the_other_go_on(wo
     assert server.interrupt() == 0
 
 
+@pytest.mark.slow
 async def test_both_workers_survive_the_engine(workers_server: RunningServer) -> None:
     server = workers_server
     for limit in (7, 9):  # on whichever worker; the last one holds

@@ -78,6 +78,7 @@ def test_a_section_measures_and_reports(name: str, ceilings: dict[str, Any]) -> 
     assert len({row.count("|") for row in rows}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels", "prefill_attention"])
 def test_interpreted_kernels_are_right(name: str, ceilings: dict[str, Any]) -> None:
     records = run_section(name, ceilings)

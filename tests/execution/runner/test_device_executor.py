@@ -101,7 +101,7 @@ def _greedy(prompt: Sequence[int], name: str, count: int = 3) -> Any:
 # ---- end to end ----
 
 
-@pytest.mark.parametrize(("overlap", "eager"), [("on", False), ("off", True)])
+@pytest.mark.parametrize(("overlap", "eager"), [("on", False), pytest.param("off", True, marks=pytest.mark.slow)])
 def test_llm_gives_the_tokens_of_the_cpu(
     small: Path, overlap: str, eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +267,7 @@ def _failing_model(
         yield
 
 
-@pytest.mark.parametrize("overlap", ["on", "off"])
+@pytest.mark.parametrize("overlap", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_request_that_does_not_fit_ends_alone(
     small: Path, solo: Callable[[Sequence[int], int], list[int]], monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
