@@ -5,6 +5,7 @@ The requests are the first of nano-vllm's, cut short, because SDPA without a fla
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import time
@@ -125,7 +126,10 @@ def _peer(setup: Setup, plan: Plan, asked: Nano) -> Iterator[Peer]:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(asked.outputs))
     if plan.tiny:
-        batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, page_size=16)
+        # Called block_size before transformers 5.18.
+        names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+        size = {"page_size" if "page_size" in names else "block_size": 16}
+        batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, **size)
     else:
         batching = ContinuousBatchingConfig(max_memory_percent=PEER_MEMORY, allow_block_sharing=False)
     manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
