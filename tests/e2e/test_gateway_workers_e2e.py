@@ -160,6 +160,7 @@ async def test_both_serve_share_the_cache_and_add_up_their_metrics(workers_serve
     assert [child for child in children if child.is_running()] == []
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_is_replaced_and_the_streams_of_the_other_go_on(workers_server: RunningServer) -> None:
     server = workers_server
     async with streams_on_both(server) as streams:

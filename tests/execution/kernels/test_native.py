@@ -61,6 +61,7 @@ def test_without_the_library_it_says_why(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.native_available(), reason="no native kernels in this installation")
 def test_text_without_native_kernels_is_nearly_the_same() -> None:
     """The fallback serves the embedded model; in float32 its greedy text is that of the native kernels."""
