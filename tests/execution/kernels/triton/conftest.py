@@ -1,4 +1,4 @@
-"""Where kernels run: on the GPU if there is one, where the same tests carry the marker `gpu`; else in Triton's interpreter."""
+"""Where kernels run: on the GPU when `-m gpu` shows one, where the same tests carry that marker; else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 HERE = Path(__file__).parent
 
 
+# Before pytest looks at markers to choose tests.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         for item in items:
