@@ -40,7 +40,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # It hands the caches of the attention backend to C++.
     "execution.models.native_decoder": (*BELOW_LAYERS, "execution.layers", "execution.models"),
     "execution.sampling": ("execution.kernels",),
-    "execution.speculative": ("execution.models", "execution.attention", "execution.sampling"),
+    "execution.speculative": ("execution.models", "execution.attention", "execution.sampling", "execution.kernels"),
     "execution.runner": ("execution", *ENGINE_BOUNDARY),
     "serving": (),
     "serving.frontend": ("telemetry",),

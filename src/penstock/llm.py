@@ -71,6 +71,12 @@ class EngineSettings(TypedDict, total=False):
     max_num_batched_tokens: int
     max_num_seqs: int
     max_prefill_tokens_while_decoding: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    worker_address: str
+    local_ranks: int
+    speculative_model: str
+    num_speculative_tokens: int
     scheduling_policy: str
     max_waiting_requests: int
 

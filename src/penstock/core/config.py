@@ -14,6 +14,11 @@ from penstock.core.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 EMBEDDED_MODEL = "stories"
+# The embedded model's draft model.
+EMBEDDED_DRAFT = "stories-draft"
+# --speculative-model without a model: drafts repeat what followed the same tokens earlier in the request.
+NGRAM = "ngram"
+MAX_SPECULATIVE_TOKENS = 16
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None) -> Any:
@@ -101,6 +106,28 @@ class EngineConfig:
         0,
         "Most prompt tokens in a step in which others decode; 0: an eighth of the token budget. Keeps their rhythm steady.",
     )
+    tensor_parallel_size: int = setting(
+        1, "Ranks that each layer is split over: heads, experts, columns and rows of weights, the vocabulary."
+    )
+    pipeline_parallel_size: int = setting(
+        1, "Stages that the layers are divided into, one after the other; times --tensor-parallel-size ranks in all."
+    )
+    worker_address: str = setting(
+        "",
+        "HOST:PORT that ranks of other machines join ('penstock worker --join HOST:PORT'); empty: all ranks are on this one.",
+    )
+    local_ranks: int = setting(
+        0, "Ranks that run on this machine, the first ones; 0: all. The others join at --worker-address."
+    )
+    speculative_model: str = setting(
+        "",
+        "Where draft tokens come from, which the model verifies several at a time: 'ngram' (repeats what followed the same words before), "
+        "or a smaller model with the same vocabulary, named like MODEL ('stories-draft' for the embedded one). Empty: no speculation.",
+    )
+    num_speculative_tokens: int = setting(
+        0,
+        "Draft tokens per request and step; 0: as many as pay, request by request, none when the batch keeps the device busy anyway.",
+    )
     scheduling_policy: str = setting(
         "fair",
         "Order of requests. 'fair': tenants share the engine by weight, and within a tenant priority, then arrival decides; 'priority': "
@@ -117,6 +144,9 @@ class EngineConfig:
         check_at_least(self, "max_num_seqs", 0)
         check_at_least(self, "max_prefill_tokens_while_decoding", 0)
         check_at_least(self, "max_waiting_requests", 1)
+        check_at_least(self, "tensor_parallel_size", 1)
+        check_at_least(self, "pipeline_parallel_size", 1)
+        check_at_least(self, "local_ranks", 0)
         check_at_least(self, "kv_cache_gib", 0)
         check_at_least(self, "cuda_graph_max_batch_size", 0)
         check_at_least(self, "swap_space_gib", 0)
@@ -130,10 +160,38 @@ class EngineConfig:
             )
         if not 1 <= self.block_size <= 1024:
             raise ConfigError(f"{flag_name('block_size')} must be between 1 and 1024, not {self.block_size}.")
+        self._check_ranks()
+        if not 0 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"{flag_name('num_speculative_tokens')} must be between 0 and {MAX_SPECULATIVE_TOKENS}, not {self.num_speculative_tokens}."
+            )
+        if self.num_speculative_tokens and not self.speculative_model:
+            raise ConfigError("--num-speculative-tokens needs --speculative-model: 'ngram' or a draft model.")
         if self.swap_space_gib and not self.prefix_caching:
             raise ConfigError(
                 "--swap-space-gib keeps evicted prefix blocks, so it needs prefix caching; drop --no-prefix-caching."
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold a part of the model each."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def _check_ranks(self) -> None:
+        if self.local_ranks > self.num_ranks:
+            raise ConfigError(
+                f"--local-ranks {self.local_ranks} is above the {self.num_ranks} ranks of --tensor-parallel-size times "
+                "--pipeline-parallel-size; lower it."
+            )
+        if self.local_ranks and self.local_ranks < self.num_ranks and not self.worker_address:
+            raise ConfigError(
+                f"--local-ranks {self.local_ranks} leaves {self.num_ranks - self.local_ranks} ranks to other machines: give "
+                "--worker-address HOST:PORT, where they join."
+            )
+        if self.worker_address:
+            host, _, port = self.worker_address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+                raise ConfigError(f"--worker-address must be HOST:PORT, not {self.worker_address!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,6 +184,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     prompt + output that a single request can have (the model's context or the cache, whichever is smaller). `weights`: in which
     precision weights are kept ('bfloat16', 'int4 group 32, head int8'); `kernels`: whose arithmetic runs and, if it is not that made for
     the device, why. `device_name`: what a GPU is called; `cuda_graphs`: which there are, or why there are none ('' on a CPU);
+    `speculation`: where draft tokens come from ('' without);
     `max_inflight_steps`: 2 when a step is prepared while the one before it runs. `tokenizer_hash` and `template_hash` are the frontend's:
     equal hashes, equal token ids and prompts."""
 
@@ -210,6 +211,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: str = ""
     max_inflight_steps: int = 1
     threads: int = 0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    speculation: str = ""
     tokenizer_hash: str = ""
     template_hash: str = ""
 
@@ -254,6 +258,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_phase_seconds: dict[str, float] = {}
     device_seconds: float = 0.0
     device_idle_seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    verifications: int = 0
     limits: LiveLimits = LiveLimits()
     resident_bytes: int = 0
 

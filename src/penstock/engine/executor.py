@@ -19,6 +19,22 @@ class KVCapacity:
     num_host_blocks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SpeculationProfile:
+    """What the executor can propose, and what it costs.
+
+    max_draft_tokens: most drafts for one request and step. adaptive: how many is the scheduler's to choose; otherwise always that many.
+    step_seconds: (tokens of a step in which all requests decode, seconds), ascending in tokens, measured at the start; draft_seconds:
+    (requests, seconds of proposing one token for each of them), likewise; both empty where nothing was measured, the second also where
+    proposals cost next to nothing.
+    """
+
+    max_draft_tokens: int
+    adaptive: bool = False
+    step_seconds: tuple[tuple[int, float], ...] = ()
+    draft_seconds: tuple[tuple[int, float], ...] = ()
+
+
 class StepHandle(Protocol):
     """One submitted step."""
 
@@ -33,9 +49,15 @@ class StepHandle(Protocol):
 
 
 class Executor(Protocol):
-    """Executes steps in the order of submission, up to `max_inflight` at once."""
+    """Executes steps in the order of submission, up to `max_inflight` at once.
+
+    micro_batches: stages of a pipeline, each of which works on another step; above 1 a step cannot start from a token that a step in flight
+    samples, so that the requests have to be divided over as many steps. speculation: None when there are no proposals.
+    """
 
     max_inflight: int
+    micro_batches: int
+    speculation: SpeculationProfile | None
 
     def submit(self, step: SchedulerOutput) -> StepHandle: ...
 

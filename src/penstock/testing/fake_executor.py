@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from penstock.core.errors import IntegrityError
 from penstock.core.types import ModelInfo, SamplingParams, TokenLogprobs
-from penstock.engine.executor import KVCapacity, StepHandle
+from penstock.engine.executor import KVCapacity, SpeculationProfile, StepHandle
 from penstock.engine.step import BlockMove, NewRequest, RunnerOutput, SchedulerOutput
 
 EOS_TOKEN_ID = 0
@@ -91,6 +91,8 @@ class FakeExecutor:
         error_when: Callable[[str], str | None] = lambda key: None,
     ) -> None:
         self.max_inflight = max_inflight
+        self.micro_batches = 1
+        self.speculation: SpeculationProfile | None = None
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.steps: list[SchedulerOutput] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.core.types import EngineRequest, LiveLimits, ModelInfo, SamplingParams, TokenLogprobs
 from penstock.engine.engine import Engine
-from penstock.engine.executor import KVCapacity, StepHandle
+from penstock.engine.executor import KVCapacity, SpeculationProfile, StepHandle
 from penstock.engine.step import RunnerOutput, SchedulerOutput
 from penstock.execution.models.registry import LoadedModel
 from penstock.execution.sampling.device_sampler import DeviceSampler
@@ -33,6 +33,8 @@ class RunnerExecutor:
 
     def __init__(self, harness: Harness, max_inflight: int) -> None:
         self.max_inflight = max_inflight
+        self.micro_batches = 1
+        self.speculation: SpeculationProfile | None = None
         self._harness = harness
 
     def submit(self, step: SchedulerOutput) -> StepHandle:

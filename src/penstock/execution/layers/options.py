@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from penstock.execution.attention.backend import AttentionBackend
+from penstock.execution.parallel.groups import WHOLE_MODEL, ModelPart
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class LayerOptions:
     native: linear layers run on the native CPU kernels. triton: layers run on Triton kernels where there is one.
     weight_dtype: the type in which native layers keep float weights; None: as the checkpoint stores them, which loses
     nothing. widened_dtype: the type that native layers turn 8-bit floats and codebooks into. bf16_arithmetic: they may use the
-    processor's bfloat16 units.
+    processor's bfloat16 units. part: what of the model this process holds.
     """
 
     dtype: torch.dtype
@@ -28,3 +29,4 @@ class LayerOptions:
     weight_dtype: torch.dtype | None = None
     widened_dtype: torch.dtype = torch.float32
     bf16_arithmetic: bool = False
+    part: ModelPart = WHOLE_MODEL

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from penstock.execution.kernels.linear import NativeLinear
 from penstock.execution.kernels.quantized import CompactWeight, Float8Tensor, StoredWeight
 from penstock.execution.layers.options import LayerOptions
+from penstock.execution.parallel.sharding import WHOLE, Shard
 
 # What a tensor is for, which decides how it may be rounded: the weight of a linear layer, that of the output head (also when it is the
 # embedding's table too), a table that is only looked up in, or a norm or bias.
@@ -23,11 +24,16 @@ _CONVERTED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a layer that one tensor of a checkpoint fills. `fill` takes a tensor of shape `shape`; only matrices may be quantised."""
+    """A place in a layer that one tensor of a checkpoint fills, or a part of it; only matrices may be quantised.
+
+    shape: the whole tensor's, as the checkpoint has it. shard: the part of it that this process holds; `fill` takes a tensor of that part's
+    shape.
+    """
 
     shape: tuple[int, ...]
     role: SlotRole
     fill: Callable[[StoredWeight], None]
+    shard: Shard = WHOLE
 
 
 # (name of the parameter, shard) → its slot. A shard is None where one tensor is all of the parameter.

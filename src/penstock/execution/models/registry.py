@@ -35,6 +35,7 @@ from penstock.execution.models.loader import (
 )
 from penstock.execution.models.quantization_setting import check_quantization, weight_rounding
 from penstock.execution.models.source import WeightSource, checkpoint_files, open_source
+from penstock.execution.parallel.groups import WHOLE_MODEL, ModelPart
 from penstock.execution.quantization.weight_cache import PendingCache, WeightCache, content_key, default_folder
 
 logger = logging.getLogger(__name__)
@@ -77,9 +78,14 @@ class LoadedModel:
 
 
 def load_model(
-    config: EngineConfig, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = True
+    config: EngineConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = True,
+    part: ModelPart = WHOLE_MODEL,
 ) -> LoadedModel:
-    """Build the model in `folder` and load its weights, computing in `dtype` on `device`.
+    """Build the model in `folder` and load its weights, computing in `dtype` on `device`; of all that only `part`.
 
     `config` gives load_format, attention_backend, seed and everything about quantisation. `progress` shows a bar on stderr. Raises
     ModelFormatError when the folder cannot be used and ConfigError when --quantization does not fit it. Takes no more memory than the
@@ -90,7 +96,7 @@ def load_model(
     keeps the choice of the next token exact; a tied embedding is looked up in the rounded head, an untied one keeps its type.
     """
     model_config = ModelConfig.from_folder(folder)
-    options, spec = _layer_options(config, model_config, device, dtype)
+    options, spec = _layer_options(config, model_config, device, dtype, part)
     accelerated = options.triton or device.type != "cpu"
     check_quantization(config, model_config, folder, accelerated=accelerated)
     model = build_model(model_config, options)
@@ -144,7 +150,7 @@ def _architecture(config: ModelConfig) -> Any:
 
 
 def _layer_options(
-    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype, part: ModelPart
 ) -> tuple[LayerOptions, KVCacheSpec]:
     """How layers are built, and what a KV cache of one of them holds."""
     native = device.type == "cpu" and native_available() and config.attention_backend != "triton"
@@ -189,6 +195,7 @@ def _layer_options(
         # The checkpoint's own type is what it means its weights to be multiplied in.
         widened_dtype=model.dtype if dtype == torch.float32 else dtype,
         bf16_arithmetic=native and dtype == torch.bfloat16,
+        part=part,
     )
     return options, spec
 

@@ -18,7 +18,7 @@ import torch
 
 from penstock.core.config import EngineConfig
 from penstock.core.types import ModelInfo
-from penstock.engine.executor import KVCapacity, StepHandle
+from penstock.engine.executor import KVCapacity, SpeculationProfile, StepHandle
 from penstock.engine.step import SchedulerOutput
 from penstock.execution.attention.backend import KVCacheSpec
 from penstock.execution.kernels.native import isa, native_available, set_threads, unavailable_reason
@@ -76,6 +76,8 @@ class UniProcessExecutor:
         bind_to_cpus(config.cpus)
         self.config = resolve_limits(config, self._device)
         self.max_inflight = max_inflight or inflight_steps(self.config, self._device)
+        self.micro_batches = 1
+        self.speculation: SpeculationProfile | None = None
         set_threads(self.config.threads)
         self._graphs = ""
         if runs_on_accelerator(self.config, self._device):

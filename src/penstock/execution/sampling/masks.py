@@ -6,8 +6,21 @@ Token ids outside the vocabulary are ignored here; the edge refuses them before 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from penstock.core.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens some rows of logits may become. rows: int64 [N], ascending; bits: uint8 [N, ceil(V / 8)], token v is allowed where bit
+    v % 8 of byte v // 8 is set."""
+
+    rows: npt.NDArray[np.int64]
+    bits: npt.NDArray[np.uint8]
 
 
 def valid_token_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:

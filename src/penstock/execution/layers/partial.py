@@ -1,0 +1,23 @@
+"""A numbered list of modules of which this process has only some: the layers of its pipeline stage, the experts of its rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+
+class PartialModuleList(nn.ModuleDict):
+    """Modules under their numbers in the whole model, which are their names in checkpoints. `total`: how many the whole model has.
+
+    Iterating gives numbers as text, like any ModuleDict; `present` gives them as integers.
+    """
+
+    def __init__(self, total: int, present: Iterable[int], make: Callable[[int], nn.Module]) -> None:
+        self.present = tuple(present)
+        self.total = total
+        super().__init__({str(index): make(index) for index in self.present})
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether `name`, a number, is a module of the whole model that another process has."""
+        return name.isdecimal() and int(name) < self.total and int(name) not in self.present
