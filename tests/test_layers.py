@@ -30,9 +30,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "engine": ("telemetry",),
     "execution": (),
     "execution.kernels": (),
-    "execution.parallel": (),
+    "execution.parallel": ("execution.kernels",),
     "execution.attention": ("execution.kernels",),
-    "execution.quantization": ("execution.kernels",),
+    "execution.quantization": KERNEL_ROOMS,
     "execution.layers": BELOW_LAYERS,
     "execution.models": ("execution.layers", "execution.parallel", "execution.quantization", "execution.kernels"),
     # The registry is where a model meets its attention backend: it picks the backend that the layers are built with.

@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from penstock.core.transport import EngineEndpoint
     from penstock.core.types import Hello
     from penstock.engine.engine import Engine
+    from penstock.execution.runner.executors import UniProcessExecutor
+    from penstock.execution.runner.parallel_executor import ParallelExecutor
     from penstock.serving.frontend.async_engine import AsyncEngine
     from penstock.serving.frontend.client import EngineClient
     from penstock.serving.gateway.app import GatewayApp
@@ -48,26 +51,21 @@ GOMP_SPINCOUNT = "2000"
 STARTUP_FAILURE_WAIT_S = 5.0
 
 
-def build_engine(config: EngineConfig, folder: Path, *, progress: bool = False) -> tuple[Engine, Timeline]:
+def build_engine(
+    config: EngineConfig, folder: Path, *, on_gone: Callable[[str], None] | None = None, progress: bool = False
+) -> tuple[Engine, Timeline]:
     """Load the model in `folder` and put an engine around it; with the phases of the start and the seconds of each.
 
-    Raises ConfigError or ModelFormatError with the fix.
+    on_gone: called in another thread when ranks of the engine have ended, so that it cannot go on; a step says so as well. Raises
+    ConfigError or ModelFormatError with the fix.
     """
     started = time.perf_counter()
     # Read when torch loads its OpenMP runtime. By default its threads spin for milliseconds after each piece of work, on cores that the
     # gateway needs between two steps.
     os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     from penstock.engine.engine import Engine
-    from penstock.execution.runner.executors import UniProcessExecutor
-    from penstock.execution.runner.out_of_memory import is_out_of_memory
 
-    imported = time.perf_counter()
-    try:
-        executor = UniProcessExecutor(config, folder, progress=progress)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise ConfigError(_no_memory(folder)) from error
-        raise
+    executor, imported = _make_executor(config, folder, on_gone, progress)
     resolved = executor.config
     engine = Engine(
         executor,
@@ -81,6 +79,28 @@ def build_engine(config: EngineConfig, folder: Path, *, progress: bool = False) 
         max_waiting_requests=resolved.max_waiting_requests,
     )
     return engine, [("import", imported - started), *executor.timeline]
+
+
+def _make_executor(
+    config: EngineConfig, folder: Path, on_gone: Callable[[str], None] | None, progress: bool
+) -> tuple[UniProcessExecutor | ParallelExecutor, float]:
+    """The model, started: in this process, or in those of its ranks, and then torch is imported there only. With the time at which imports
+    were done."""
+    if config.num_ranks > 1:
+        from penstock.execution.runner.parallel_executor import ParallelExecutor
+
+        imported = time.perf_counter()
+        return ParallelExecutor(config, folder, on_gone=on_gone, progress=progress), imported
+    from penstock.execution.runner.executors import UniProcessExecutor
+    from penstock.execution.runner.out_of_memory import is_out_of_memory
+
+    imported = time.perf_counter()
+    try:
+        return UniProcessExecutor(config, folder, progress=progress), imported
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise ConfigError(_no_memory(folder)) from error
+        raise
 
 
 def _no_memory(folder: Path) -> str:
@@ -101,7 +121,7 @@ def engine_command(config: EngineConfig, folder: Path, *, log_level: str, log_fo
 
 
 def engine_main(arguments: list[str]) -> int:
-    """Run an engine process until it is told to end. Exit status 0 after that, 1 when it could not start."""
+    """Run an engine process until it is told to end. Exit status 0 after that, 1 when it could not start or its ranks are gone."""
     options = _parse_engine_arguments(arguments)
     from penstock.core.log import configure_logging
     from penstock.core.process import exit_when_parent_dies
@@ -110,17 +130,20 @@ def engine_main(arguments: list[str]) -> int:
     exit_when_parent_dies(options.parent_pid)
     configure_logging(options.log_level, options.log_format)
     endpoint = ZmqEngineEndpoint(options.address)
+    gone = threading.Event()
     try:
         try:
             config = EngineConfig(**json.loads(options.config))
-            engine, timeline = build_engine(config, Path(options.folder), progress=sys.stderr.isatty())
+            engine, timeline = build_engine(
+                config, Path(options.folder), on_gone=lambda reason: gone.set(), progress=sys.stderr.isatty()
+            )
         except (ConfigError, ModelFormatError) as error:
             _report_failure(endpoint, error)
             return 1
-        _run_engine(engine, endpoint, timeline)
+        _run_engine(engine, endpoint, timeline, gone)
     finally:
         endpoint.close()
-    return 0
+    return 1 if gone.is_set() else 0
 
 
 def _parse_engine_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -134,10 +157,17 @@ def _parse_engine_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _run_engine(engine: Engine, endpoint: EngineEndpoint, timeline: Timeline) -> None:
+def _run_engine(engine: Engine, endpoint: EngineEndpoint, timeline: Timeline, gone: threading.Event) -> None:
+    """Until told to stop, or until `gone` is set: an engine without its ranks is of no use, whether it has work or not."""
     from penstock.engine.process import EngineLoop
 
     loop = EngineLoop(engine, endpoint, timeline)
+
+    def stop_when_gone() -> None:
+        gone.wait()
+        loop.stop()
+
+    threading.Thread(target=stop_when_gone, name="ranks-watch", daemon=True).start()
     signal.signal(signal.SIGTERM, lambda signum, frame: loop.stop())
     try:
         loop.run()
@@ -163,10 +193,10 @@ def serve(engine: EngineConfig, server: ServerConfig, gateway: GatewayConfig | N
     Raises ConfigError or ModelFormatError with the fix when the server cannot start.
     """
     from penstock.core.log import configure_logging
-    from penstock.hub import resolve_model
+    from penstock.hub import resolve_models
 
     configure_logging(server.log_level, server.log_format)
-    folder = resolve_model(engine.model, engine.revision)
+    folder, engine = resolve_models(engine)
     gateway = gateway if gateway is not None else GatewayConfig()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         if gateway.gateway_workers == 1:

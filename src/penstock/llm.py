@@ -123,12 +123,11 @@ class LLM:
     """
 
     def __init__(self, model: str = EMBEDDED_MODEL, **settings: Unpack[EngineSettings]) -> None:
-        from penstock.hub import resolve_model
+        from penstock.hub import resolve_models
         from penstock.launch import build_engine
         from penstock.serving.frontend.tokenizer import Tokenizer
 
-        config = EngineConfig(model=model, **settings)
-        folder = resolve_model(config.model, config.revision)
+        folder, config = resolve_models(EngineConfig(model=model, **settings))
         self.tokenizer = Tokenizer.from_folder(folder)
         self._engine, self.timeline = build_engine(config, folder)
         self._max_queued = min(config.max_waiting_requests, 4 * self._engine.model.max_num_seqs)
@@ -298,14 +297,14 @@ class AsyncLLM:
     async def __aenter__(self) -> AsyncEngine:
         from penstock.core.transport import InProcessTransport
         from penstock.engine.process import EngineLoop
-        from penstock.hub import resolve_model
+        from penstock.hub import resolve_models
         from penstock.launch import build_engine
         from penstock.serving.frontend.async_engine import AsyncEngine
         from penstock.serving.frontend.tokenizer import Tokenizer
 
-        folder = resolve_model(self._config.model, self._config.revision)
+        folder, config = resolve_models(self._config)
         tokenizer = Tokenizer.from_folder(folder)
-        engine, timeline = await asyncio.to_thread(build_engine, self._config, folder)
+        engine, timeline = await asyncio.to_thread(build_engine, config, folder)
         transport = InProcessTransport()
         self._loop = EngineLoop(engine, transport.engine, timeline)
         self._client = AsyncEngine(tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from penstock.cli.options import sections_of, setting_options
 from penstock.cli.reference import configuration_page
 from penstock.core.config import EngineConfig, ServerConfig, flag_name
+from penstock.core.errors import ConfigError
 from penstock.core.gateway_config import GatewayConfig
 from tests.cli.conftest import Invoke
 
@@ -75,3 +77,22 @@ def test_every_field_has_one_flag_in_one_section(config_class: type[EngineConfig
 
 def test_configuration_page_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == configuration_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size must be at least 1"),
+        ({"pipeline_parallel_size": 0}, "--pipeline-parallel-size must be at least 1"),
+        ({"tensor_parallel_size": 2, "local_ranks": 3}, "--local-ranks 3 is above the 2 ranks"),
+        ({"tensor_parallel_size": 2, "local_ranks": 1}, "leaves 1 ranks to other machines: give --worker-address"),
+        ({"worker_address": "here"}, "--worker-address must be HOST:PORT, not 'here'"),
+        ({"worker_address": "a:99999"}, "--worker-address must be HOST:PORT"),
+        ({"num_speculative_tokens": 3}, "--num-speculative-tokens needs --speculative-model"),
+        ({"speculative_model": "ngram", "num_speculative_tokens": 17}, "must be between 0 and 16, not 17"),
+    ],
+)
+def test_settings_of_ranks_and_speculation_are_checked(settings: dict[str, int | str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        EngineConfig(**settings)  # type: ignore[arg-type]
+    assert EngineConfig(tensor_parallel_size=2, pipeline_parallel_size=3).num_ranks == 6

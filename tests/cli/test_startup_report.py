@@ -51,3 +51,12 @@ def test_the_report_says_what_runs_on_which_gpu() -> None:
 def test_float32_on_a_gpu_is_not_silent() -> None:
     assert "--dtype bfloat16 reads half the bytes per token" in _report(dtype="float32")
     assert "--dtype bfloat16" not in _report()
+
+
+def test_the_report_says_how_a_model_is_spread_and_where_drafts_come_from() -> None:
+    assert "ranks  " not in _report()
+    assert "speculation" not in _report()
+    assert "ranks          2 processes: every layer over 2\n" in _report(tensor_parallel_size=2)
+    both = _report(tensor_parallel_size=2, pipeline_parallel_size=2, speculation="up to 8 tokens by n-grams")
+    assert "ranks          4 processes: every layer over 2, the layers over 2 stages\n" in both
+    assert "speculation    up to 8 tokens by n-grams\n" in both

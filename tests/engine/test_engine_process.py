@@ -28,7 +28,7 @@ from penstock.core.types import (
 from penstock.engine.engine import Engine
 from penstock.engine.process import EngineLoop
 from penstock.testing.builders import make_engine, make_request
-from penstock.testing.fake_executor import expected_tokens
+from penstock.testing.fake_model import expected_tokens
 
 
 class ScriptedEndpoint:

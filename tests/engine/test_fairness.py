@@ -14,7 +14,8 @@ from penstock.core.types import EngineRequest, LiveLimits, SamplingParams
 from penstock.engine.engine import Engine
 from penstock.engine.fairness import FairShares
 from penstock.testing.builders import Collector, make_engine, make_request, run_to_end
-from penstock.testing.fake_executor import FakeExecutor, expected_tokens
+from penstock.testing.fake_executor import FakeExecutor
+from penstock.testing.fake_model import expected_tokens
 
 VOCAB = 997
 

@@ -11,7 +11,8 @@ from penstock.core.types import SamplingParams
 from penstock.engine.engine import Engine
 from penstock.engine.policy import AGEING_S, MAX_PRIORITY, make_policy
 from penstock.testing.builders import Collector, make_engine, make_request, run_to_end
-from penstock.testing.fake_executor import FakeExecutor, expected_tokens
+from penstock.testing.fake_executor import FakeExecutor
+from penstock.testing.fake_model import expected_tokens
 
 VOCAB = 997
 

@@ -7,7 +7,8 @@ import pytest
 from penstock.core.errors import InvalidRequestError
 from penstock.core.types import LiveLimits, SampleStart, SamplingParams
 from penstock.testing.builders import Collector, make_engine, make_request, run_to_end
-from penstock.testing.fake_executor import FakeExecutor, expected_tokens
+from penstock.testing.fake_executor import FakeExecutor
+from penstock.testing.fake_model import expected_tokens
 
 VOCAB = 997
 

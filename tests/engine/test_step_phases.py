@@ -34,6 +34,7 @@ class _TimedHandle:
     def result(self) -> RunnerOutput:
         output = self._handle.result()
         output.prepare_seconds, output.forward_seconds, output.sample_seconds = 0.25, 2.0, 0.5
+        output.draft_seconds = 0.125
         return output
 
 
@@ -54,7 +55,7 @@ class _DeviceExecutor(FakeExecutor):
 
 
 class _TimedExecutor(FakeExecutor):
-    """Takes 2.75 seconds a step, within `submit`, as an executor that runs a step at once does."""
+    """Takes 2.875 seconds a step, within `submit`, as an executor that runs a step at once does."""
 
     def __init__(self, clock: _Clock) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class _TimedExecutor(FakeExecutor):
 
     def submit(self, step: SchedulerOutput) -> StepHandle:
         handle = super().submit(step)
-        self._clock.now += 2.75
+        self._clock.now += 2.875
         return _TimedHandle(handle)
 
 
@@ -76,6 +77,7 @@ def test_phases_and_duration_of_steps_add_up() -> None:
     assert stats.step_phase_seconds["forward"] == 2.0 * stats.steps
     assert stats.step_phase_seconds["prepare"] == 0.25 * stats.steps
     assert stats.step_phase_seconds["sample"] == 0.5 * stats.steps
+    assert stats.step_phase_seconds["draft"] == 0.125 * stats.steps
     assert stats.step_phase_seconds["schedule"] == stats.step_phase_seconds["deliver"] == 0.0
     assert stats.step_seconds_sum == sum(stats.step_phase_seconds.values())
 

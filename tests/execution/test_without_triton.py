@@ -19,6 +19,7 @@ GPU_ONLY = (
     "penstock.execution.measurement.gpu_",
     "penstock.execution.runner.block_mover",
     "penstock.execution.runner.device_",
+    "penstock.execution.runner.step_graphs",
     "penstock.execution.sampling.device_",
 )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.config import EngineConfig
 from penstock.core.errors import ConfigError
-from penstock.hub import resolve_model
+from penstock.hub import resolve_model, resolve_models
 
 
 @pytest.fixture
@@ -49,3 +50,15 @@ def test_file_instead_of_folder(folder: Path) -> None:
 def test_hub_name_that_was_not_pulled(folder: Path) -> None:
     with pytest.raises(ConfigError, match="Run `penstock pull org/model` first"):
         resolve_model("org/model")
+
+
+def test_a_draft_model_is_resolved_like_a_model(folder: Path) -> None:
+    config = EngineConfig(model="stories", speculative_model="./TinyLlama-1.1B-Chat", num_speculative_tokens=3)
+    found, resolved = resolve_models(config)
+    assert found == resolve_model("stories")
+    assert (resolved.speculative_model, resolved.num_speculative_tokens) == (str(folder), 3)
+    assert resolve_models(EngineConfig(speculative_model="ngram"))[1].speculative_model == "ngram"
+    embedded = resolve_models(EngineConfig(speculative_model="stories-draft"))[1]
+    assert Path(embedded.speculative_model) == resolve_model("stories-draft") != found
+    with pytest.raises(ConfigError, match=r"--speculative-model: There is no folder \./nothing"):
+        resolve_models(EngineConfig(speculative_model="./nothing"))

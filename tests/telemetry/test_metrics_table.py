@@ -102,6 +102,9 @@ def test_engine_snapshot_is_exported() -> None:
         kv_blocks_used=50,
         kv_blocks_cached=7,
         preemptions=4,
+        draft_tokens=30,
+        accepted_draft_tokens=21,
+        verifications=10,
         finished={"stop": 5, "length": 6},
         step_phase_seconds={"schedule": 0.25, "forward": 3.0},
         step_seconds_sum=0.5,
@@ -117,6 +120,9 @@ def test_engine_snapshot_is_exported() -> None:
     assert samples["penstock_engine_requests_running model=a"] == 2
     assert samples["penstock_engine_kv_usage_ratio model=a"] == 0.25
     assert samples["penstock_engine_preemptions_total model=a"] == 4
+    assert samples["penstock_engine_draft_tokens_total model=a"] == 30
+    assert samples["penstock_engine_accepted_draft_tokens_total model=a"] == 21
+    assert samples["penstock_engine_verifications_total model=a"] == 10
     assert samples["penstock_engine_finished_samples_total model=a reason=length"] == 6
     assert samples["penstock_engine_limit model=a name=max_num_seqs"] == 64
     assert samples["penstock_engine_step_phase_seconds_total model=a phase=schedule"] == 0.25

@@ -15,6 +15,7 @@ from penstock.core.config import EngineConfig
 # Parameters of the published checkpoints.
 PARAMETERS = {
     "tinyllama-1.1b": 1_100_048_384,
+    "llama-68m": 68_030_208,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
     "mistral-7b-v0.1": 7_241_732_096,

@@ -12,6 +12,7 @@ from penstock.cli.options import debug_option
 # name → (where its click command is, what the overview says)
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("penstock.cli.serve:serve", "Serve a model through the OpenAI-compatible API."),
+    "worker": ("penstock.cli.worker:worker", "Offer this machine's GPUs or CPU to an engine on another one."),
     "chat": ("penstock.cli.chat:chat", "Chat in the terminal, with a server or a model in this process."),
     "generate": ("penstock.cli.generate:generate", "Complete a file of prompts offline; JSON lines out."),
     "pull": ("penstock.cli.pull:pull", "Download a model from the Hugging Face hub into a plain folder."),

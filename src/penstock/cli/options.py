@@ -33,6 +33,8 @@ SECTIONS: dict[ConfigClass, dict[str, tuple[str, ...]]] = {
             "max_model_len",
             "seed",
         ),
+        "Several devices": ("tensor_parallel_size", "pipeline_parallel_size", "worker_address", "local_ranks"),
+        "Speculative decoding": ("speculative_model", "num_speculative_tokens"),
         "Memory": ("memory_utilization", "kv_cache_gib", "swap_space_gib", "block_size", "prefix_caching"),
         "Scheduling": (),
     },

@@ -121,6 +121,11 @@ def check_scheme(folder: Path, scheme: Scheme) -> None:
     from penstock.execution.models.config import ModelConfig
 
     config = ModelConfig.from_folder(folder)
+    if config.experts is not None:
+        raise ConfigError(
+            f"{folder} has mixtures of experts, which `penstock quantize` cannot write; serve it with --quantization int8 or int4, which "
+            "rounds the experts while they are loaded."
+        )
     scheme.check_input_features(config.hidden_size, "q_proj, k_proj, v_proj, gate_proj and up_proj")
     scheme.check_input_features(config.num_heads * config.head_dim, "o_proj")
     scheme.check_input_features(config.intermediate_size, "down_proj")

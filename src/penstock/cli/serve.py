@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from penstock.cli.options import SettingsCommand, config_from, with_settings
-from penstock.core.config import EMBEDDED_MODEL, EngineConfig, ServerConfig
+from penstock.core.config import EMBEDDED_MODEL, NGRAM, EngineConfig, ServerConfig
 from penstock.core.gateway_config import GatewayConfig
 
 
@@ -31,7 +31,10 @@ def serve(**values: Any) -> int:
     _require_server_packages(gateway)
     from penstock.cli.pull import ensure_model
 
-    ensure_model(engine.model, engine.revision)  # a wrong name is told before anything heavy is imported
+    # A wrong name is told before anything heavy is imported.
+    ensure_model(engine.model, engine.revision)
+    if engine.speculative_model not in ("", NGRAM):
+        ensure_model(engine.speculative_model, None)
     from penstock.launch import serve as launch_serve
 
     return launch_serve(engine, server, gateway)

@@ -57,6 +57,8 @@ def _facts(model: ModelInfo) -> list[tuple[str, str]]:
         ),
         ("batch", f"up to {model.max_num_seqs} requests and {model.max_num_batched_tokens:,} tokens per step"),
         *([("steps", _steps(model))] if model.cuda_graphs else []),
+        *([("ranks", _ranks(model))] if model.tensor_parallel_size * model.pipeline_parallel_size > 1 else []),
+        *([("speculation", model.speculation)] if model.speculation else []),
     ]
 
 
@@ -65,6 +67,14 @@ def _runs_on(model: ModelInfo) -> str:
     threads = f" with {model.threads} threads" if model.threads else ""
     kernels = f", {model.kernels}" if model.kernels else ""
     return f"{model.device}{name}{threads}{kernels}, attention by {model.attention_backend}"
+
+
+def _ranks(model: ModelInfo) -> str:
+    """How the model is spread over processes."""
+    tensor, stages = model.tensor_parallel_size, model.pipeline_parallel_size
+    parts = [f"every layer over {tensor}"] if tensor > 1 else []
+    parts += [f"the layers over {stages} stages"] if stages > 1 else []
+    return f"{tensor * stages} processes: {', '.join(parts)}"
 
 
 def _steps(model: ModelInfo) -> str:

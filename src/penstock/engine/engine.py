@@ -32,14 +32,17 @@ from penstock.core.types import (
 )
 from penstock.engine.deadlines import Deadlines
 from penstock.engine.executor import Executor, StepHandle
+from penstock.engine.grammar import Matcher
 from penstock.engine.kv_cache_manager import KVCacheManager
 from penstock.engine.plan import Update
 from penstock.engine.policy import make_policy
 from penstock.engine.prefix_cache import root_hash
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Scheduler
+from penstock.engine.speculation import SpeculationController
 from penstock.engine.stats import Counters
 from penstock.engine.step import SchedulerOutput
+from penstock.engine.verification import SpeculationCounts
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +67,9 @@ class _Submitted(NamedTuple):
 class Engine:
     """Owns the scheduler and drives an executor.
 
-    `ceiling` fixes the live limits' upper bounds. `clock` is monotonic seconds. Every sample of every accepted or refused
-    request ends with exactly one delta that has a `finish_reason`. Not thread-safe.
+    `ceiling` fixes the live limits' upper bounds. `clock` is monotonic seconds. `matcher_for` makes what restricts a sample's output, a
+    new one at each call, or None; a RequestError from it refuses the request. Every sample of every accepted or refused request ends with
+    exactly one delta that has a `finish_reason`. Not thread-safe.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Engine:
         prefix_caching: bool = True,
         max_waiting_requests: int = 1024,
         clock: Callable[[], float] = time.monotonic,
+        matcher_for: Callable[[EngineRequest], Matcher | None] | None = None,
     ) -> None:
         capacity = executor.kv_capacity()
         self._executor = executor
@@ -86,8 +91,14 @@ class Engine:
         self._max_waiting_requests = max_waiting_requests
         self._prefix_caching = prefix_caching
         self.model: ModelInfo = executor.model_info()
+        self._matcher_for = matcher_for
+        self._speculation = None if executor.speculation is None else SpeculationController(executor.speculation)
         self.scheduler = Scheduler(
-            KVCacheManager(capacity, prefix_caching=prefix_caching), make_policy(policy), ceiling
+            KVCacheManager(capacity, prefix_caching=prefix_caching),
+            make_policy(policy),
+            ceiling,
+            self._speculation,
+            executor.micro_batches,
         )
         self.counters = Counters()
         self._order = 0
@@ -98,6 +109,7 @@ class Engine:
         self._deadlines: Deadlines[Request] = Deadlines()
         self._queue_deadlines: Deadlines[tuple[Client, str]] = Deadlines()
         self._consecutive_failures = 0
+        self._last_retired = self._started
         self._process = psutil.Process()
 
     # ---- requests ----
@@ -106,6 +118,7 @@ class Engine:
         """Accept a request, or refuse it: then the returned deltas are its outcome."""
         try:
             self._check(source, client)
+            matchers = [self._matcher(source, sample) for sample in _samples(source)]
         except RequestError as error:
             return self.refuse(source, error.info, client)
         now = self._clock()
@@ -113,7 +126,7 @@ class Engine:
         max_tokens = source.sampling.max_tokens
         root = root_hash(self.model.model_hash, source.tenant, source.cache_salt)
         requests = []
-        for sample in _samples(source):
+        for sample, matcher in zip(_samples(source), matchers, strict=True):
             request = Request(
                 source,
                 sample,
@@ -123,6 +136,7 @@ class Engine:
                 eos_token_ids=self.model.eos_token_ids,
                 max_output_tokens=room if max_tokens is None else min(max_tokens, room),
                 root_hash=root,
+                matcher=matcher,
             )
             self._order += 1
             requests.append(request)
@@ -166,6 +180,13 @@ class Engine:
             raise OverloadedError(f"{self._max_waiting_requests} requests are waiting already; retry later.")
         if source.tenant and self.scheduler.policy.num_waiting_of(source.tenant) >= QUEUE_GREED * room_to_wait:
             raise OverloadedError("Too many of your requests are waiting already; retry later.")
+
+    def _matcher(self, source: EngineRequest, sample: SampleStart) -> Matcher | None:
+        """What restricts the output of this sample, with the output it already has taken in."""
+        matcher = None if self._matcher_for is None else self._matcher_for(source)
+        if matcher is not None and (not all(map(matcher.accept, sample.output_token_ids)) or matcher.is_finished):
+            raise InvalidRequestError("The request's grammar does not allow the output to go on from.", param="samples")
+        return matcher
 
     def abort(
         self, client: Client, request_id: str, indices: list[int] | None = None, error: ErrorInfo | None = None
@@ -233,11 +254,14 @@ class Engine:
         phases["prepare"] += output.prepare_seconds
         phases["forward"] += output.forward_seconds
         phases["sample"] += output.sample_seconds
+        phases["draft"] += output.draft_seconds
         self.counters.device_seconds += output.device_seconds
         if was_busy:
             self.counters.device_idle_seconds += output.device_idle_seconds
         # Before the update, which forgets the requests that end.
         self._count_step(scheduled, retired, retired - started)
+        self._measure_decode(scheduled, retired - max(started, self._last_retired), output.draft_seconds)
+        self._last_retired = retired
         updates = self.scheduler.update(output)
         deltas = [self._delta(update) for update in updates]
         phases["deliver"] += self._clock() - retired
@@ -245,6 +269,7 @@ class Engine:
 
     def _step_failed(self, scheduled: SchedulerOutput, error: Exception) -> list[Addressed]:
         logger.exception("step %d with %d requests failed", scheduled.step_id, len(scheduled.num_scheduled_tokens))
+        self._last_retired = self._clock()
         self.counters.step_failures += 1
         self._consecutive_failures += 1
         if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
@@ -266,6 +291,14 @@ class Engine:
             if self._prefix_caching:
                 counters.prefix_queried_tokens += len(new.token_ids)
                 counters.prefix_hit_tokens += new.num_computed_tokens
+
+    def _measure_decode(self, scheduled: SchedulerOutput, seconds: float, draft_seconds: float) -> None:
+        """Tell who chooses draft lengths what a step cost in which every request decoded: the time that no earlier step took."""
+        if self._speculation is None:
+            return
+        num_drafts = sum(map(len, scheduled.draft_token_ids.values()))
+        if scheduled.total_tokens == len(scheduled.num_scheduled_tokens) + num_drafts:
+            self._speculation.step_done(scheduled.total_tokens, seconds, len(scheduled.num_proposals), draft_seconds)
 
     def _delta(self, update: Update, error: ErrorInfo | None = None) -> Addressed:
         request = update.request
@@ -329,6 +362,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot for the frontends and /metrics."""
         kv, counters = self.scheduler.kv, self.counters
+        verified = SpeculationCounts() if self.scheduler.verification is None else self.scheduler.verification.counts
         return EngineStats(
             uptime_s=self._clock() - self._started,
             steps=counters.steps,
@@ -355,6 +389,9 @@ class Engine:
             step_phase_seconds=dict(counters.phase_seconds),
             device_seconds=counters.device_seconds,
             device_idle_seconds=counters.device_idle_seconds,
+            draft_tokens=verified.draft_tokens,
+            accepted_draft_tokens=verified.accepted_draft_tokens,
+            verifications=verified.verifications,
             limits=self.scheduler.limits,
             resident_bytes=self._process.memory_info().rss,
         )

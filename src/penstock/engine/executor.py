@@ -52,7 +52,8 @@ class Executor(Protocol):
     """Executes steps in the order of submission, up to `max_inflight` at once.
 
     micro_batches: stages of a pipeline, each of which works on another step; above 1 a step cannot start from a token that a step in flight
-    samples, so that the requests have to be divided over as many steps. speculation: None when there are no proposals.
+    samples, so that the requests have to be divided over as many steps; then no request is in two steps in flight, and never are more
+    steps than micro_batches in flight. speculation: None when there are no proposals.
     """
 
     max_inflight: int

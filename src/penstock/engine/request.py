@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from penstock.core.types import EngineRequest, SampleStart, TokenLogprobs
+from penstock.engine.grammar import Matcher
 from penstock.engine.step import RequestKey
 
 
@@ -26,6 +27,11 @@ class Request:
 
     A request is scheduled until num_computed_tokens catches up with num_tokens + num_pending; the step that catches up samples.
 
+    drafts      draft_token_ids are guesses at the tokens behind the last known one, for the next step that computes that one. A step that
+                verifies drafts counts them as computed until it retires.
+
+    `matcher`: what the output is restricted to, if it is; it has accepted the known output.
+
     charged     the first num_charged_tokens are on the tenant's account; what a preemption makes the engine compute again is not charged.
 
     `order`: position in arrival order, unique. `epoch` counts preemptions, so that news from before one is recognised.
@@ -38,6 +44,7 @@ class Request:
         "block_ids",
         "client",
         "deadline",
+        "draft_token_ids",
         "epoch",
         "first_scheduled_time",
         "followers",
@@ -46,6 +53,7 @@ class Request:
         "known_to_runner",
         "last_step_id",
         "leader",
+        "matcher",
         "max_output_tokens",
         "num_cached_blocks",
         "num_cached_tokens",
@@ -81,6 +89,7 @@ class Request:
         eos_token_ids: tuple[int, ...],
         max_output_tokens: int,
         root_hash: bytes,
+        matcher: Matcher | None = None,
     ) -> None:
         sampling = source.sampling
         self.key: RequestKey = f"{source.request_id}/{sample.index}"
@@ -111,6 +120,8 @@ class Request:
         self.num_pending = 0
         self.num_inflight = 0
         self.last_step_id = -1
+        self.draft_token_ids: list[int] = []
+        self.matcher = matcher
         self.epoch = 0
         self.status = RequestStatus.WAITING
         self.known_to_runner = False
@@ -145,6 +156,10 @@ class Request:
         if self.num_pending and self.num_output_tokens + self.num_pending >= self.max_output_tokens:
             return 0
         return len(self.token_ids) + self.num_pending - self.num_computed_tokens
+
+    def room_after(self, num_tokens: int) -> int:
+        """How many more tokens the request can have than its first `num_tokens`."""
+        return self.num_prompt_tokens + self.max_output_tokens - num_tokens
 
     @property
     def next_prompt_logprob(self) -> int:

@@ -15,32 +15,44 @@ to policy.py and fairness.py, blocks to kv_cache_manager.py, outcomes and deltas
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections import OrderedDict
 
 from penstock.core.errors import IntegrityError
-from penstock.core.types import FinishReason, LiveLimits
+from penstock.core.types import LiveLimits
+from penstock.engine.grammar import masks_along
 from penstock.engine.kv_cache_manager import KVCacheManager
-from penstock.engine.plan import InflightStep, StepPart, StepPlan, Update
+from penstock.engine.micro_batches import MicroBatches
+from penstock.engine.outcome import append_tokens, keep_prompt_logprobs
+from penstock.engine.plan import InflightStep, StepPart, StepPlan, Update, new_request
 from penstock.engine.policy import Policy, Room
 from penstock.engine.request import Request, RequestStatus
-from penstock.engine.step import CachedRequest, NewRequest, RequestKey, RunnerOutput, SchedulerOutput
-
-# One waiting request may displace as many as it needs; the others of a step only so many together.
-MAX_DISPLACED_PER_STEP = 8
+from penstock.engine.room import choose_victims, may_fork, promised_blocks
+from penstock.engine.speculation import SpeculationController
+from penstock.engine.step import CachedRequest, RequestKey, RunnerOutput, SchedulerOutput
+from penstock.engine.verification import Verification
 
 
 class Scheduler:
     """Requests in, steps out; results in, updates out. Single-threaded.
 
-    `ceiling`: the start-up values of the live limits. Call `schedule` and hand its steps to an executor; call `update` (or `fail`) once
-    for every step, in order.
+    `ceiling`: the start-up values of the live limits. `speculation` chooses draft lengths; without it there are no drafts.
+    `micro_batches`: see micro_batches.py. Call `schedule` and hand its steps to an executor; call `update` (or `fail`) once for every step,
+    in order.
     """
 
-    def __init__(self, kv: KVCacheManager, policy: Policy, ceiling: LiveLimits) -> None:
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        policy: Policy,
+        ceiling: LiveLimits,
+        speculation: SpeculationController | None = None,
+        micro_batches: int = 1,
+    ) -> None:
         self.kv = kv
         self.policy = policy
         self.limits = ceiling
+        self.verification = None if speculation is None else Verification(kv, speculation)
+        self.micro_batches = micro_batches
         self.requests: dict[RequestKey, Request] = {}
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -49,12 +61,14 @@ class Scheduler:
         self._finished_keys: list[RequestKey] = []
         self._preempted_keys: list[RequestKey] = []
         self._suspects: list[Request] = []
+        self._num_matchers = 0
 
     # ---- requests come and go ----
 
     def add(self, request: Request) -> None:
         """Queue a request; with a leader it waits until the leader has computed the prompt that they share."""
         self.requests[request.key] = request
+        self._num_matchers += request.matcher is not None
         self.policy.arrived(request)
         if request.leader is None:
             self.policy.push(request)
@@ -75,6 +89,9 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self.kv.release(request)
         del self.requests[request.key]
+        self._num_matchers -= request.matcher is not None
+        if self.verification is not None:
+            self.verification.forget(request)
         if request in self._suspects:
             self._suspects.remove(request)
         if request.known_to_runner:
@@ -97,13 +114,32 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when nothing can run before a step in flight retires (or at all)."""
+        if self._is_bound:
+            return None
         plan = StepPlan(self._token_budget, self._token_budget)
+        speculation = None if self._suspects else self.verification
         if self._suspects:
             self._schedule_suspect(plan)
         else:
             self._schedule_running(plan)
             self._schedule_waiting(plan)
-        return self._commit(plan) if plan.scheduled else None
+        if not plan.scheduled:
+            return None
+        if speculation is not None:
+            speculation.add_drafts(plan)
+            speculation.ask_proposals(plan)
+        if self._num_matchers:
+            self._add_masks(plan)
+        return self._commit(plan)
+
+    @property
+    def _is_bound(self) -> bool:
+        """Whether the next step has to wait for a result. Some requests cannot run before that of a step in flight is known, for what they
+        start from, or may be given, depends on it. The others wait for them, and a pipeline that is full takes no further step: more parts
+        than necessary would each read all weights, and each request would wait for all of them."""
+        if self.micro_batches > 1:
+            return len(self._inflight) >= self.micro_batches
+        return bool(self._inflight) and self._inflight[next(reversed(self._inflight))].binds
 
     @property
     def _token_budget(self) -> int:
@@ -118,6 +154,13 @@ class Scheduler:
         # Who wants how many tokens is asked once: with hundreds of requests this is what a step's scheduling takes.
         wanted = {request: request.num_uncomputed_tokens for request in self.running}
         decoding = [request for request, num_wanted in wanted.items() if num_wanted == 1]
+        prompts = [request for request, num_wanted in wanted.items() if num_wanted > 1]
+        if self.micro_batches > 1:
+            parts = MicroBatches(self.micro_batches, len(self._inflight))
+            decoding = parts.next_decodes(decoding)
+            # One that waits counts even where there is no place: it may displace somebody.
+            num_waiting = min(self.num_waiting, max(1, self._max_num_seqs - len(self.running)))
+            plan.prompt_places = parts.share(self.running, num_waiting) - len(decoding)
         if len(decoding) > plan.budget:
             decoding = self.policy.arrange(decoding)
         for request in decoding:
@@ -125,10 +168,11 @@ class Scheduler:
         cap = self.limits.max_prefill_tokens_while_decoding
         if plan.scheduled and cap is not None:
             plan.prefill_budget = min(plan.budget, cap)
-        plan.prompts = self.policy.arrange([request for request, num_wanted in wanted.items() if num_wanted > 1])
+        plan.prompts = self.policy.arrange(prompts)
         for request in plan.prompts[:]:
             self._schedule_waiting(plan, before=request)
-            self._extend(plan, request, wanted[request])
+            if plan.prompt_places > 0 and (self.micro_batches == 1 or not request.num_inflight):
+                self._extend(plan, request, wanted[request])
 
     def _extend(self, plan: StepPlan, request: Request, wanted: int) -> None:
         """Schedule up to `wanted` tokens of a running request, preempting from the end of the order to make room."""
@@ -150,10 +194,11 @@ class Scheduler:
             if victim is request:
                 return
         plan.add(request, num_tokens, wanted, blocks)
+        plan.prompt_places -= wanted > 1
 
     def _schedule_waiting(self, plan: StepPlan, before: Request | None = None) -> None:
         """Admit waiting requests in the policy's order; with `before`, only those whose turn is before that running one's."""
-        while plan.budget > 0 and not plan.outgrown and self._admit_next(plan, before):
+        while plan.budget > 0 and plan.prompt_places > 0 and not plan.outgrown and self._admit_next(plan, before):
             pass
 
     def _admit_next(self, plan: StepPlan, before: Request | None) -> bool:
@@ -170,64 +215,23 @@ class Scheduler:
         return False
 
     def _make_room(self, plan: StepPlan, request: Request, *, only_place: bool = False) -> bool:
-        """Preempt those that the policy lets `request` displace, if that gives it a place and all the blocks it needs. `only_place`: it is
-        not first in line, and blocks that come back later with steps in flight would go to who is."""
+        """Preempt those that the policy lets `request` displace, if that makes room for it. `only_place`: see `choose_victims`."""
         room = Room(self._max_num_seqs, self._token_budget, self.kv.pool.num_blocks)
-        victims = self.policy.displaceable(request, self.kv.blocks_for(request.num_tokens), self.running, room)
-        first = next(victims, None)
-        if first is None or self.kv.has_copies:
-            return False
-        missing_blocks = self._missing_blocks(plan, request)
-        if missing_blocks is None or (only_place and missing_blocks > 0):
-            return False
-        missing_blocks -= self.kv.num_deferred
-        missing_slots = len(self.running) + 1 - self._max_num_seqs
-        chosen = []
-        for victim in itertools.chain([first], victims):
-            if missing_slots <= 0 and missing_blocks <= 0:
-                break
-            if not victim.known_to_runner:
-                return False  # admitted in this very step
-            chosen.append(victim)
-            missing_slots -= 1
-            missing_blocks -= self.kv.num_exclusive(victim)
-        enough = missing_slots <= 0 and missing_blocks <= 0
-        if not enough or (plan.num_displaced and plan.num_displaced + len(chosen) > MAX_DISPLACED_PER_STEP):
-            return False
-        for victim in chosen:
+        victims = choose_victims(self.kv, self.policy, plan, request, self.running, room, only_place=only_place)
+        for victim in victims:
             self._preempt(plan, victim)
-        plan.num_displaced += len(chosen)
-        return bool(chosen)
-
-    def _missing_blocks(self, plan: StepPlan, request: Request) -> int | None:
-        """How many blocks more must be free before the request can be admitted; None when this step has no tokens for it anyway."""
-        if self._may_fork(request):
-            return 1 + self._promised_blocks(plan) - self.kv.pool.num_free if plan.share_of(1) > 0 else None
-        match = self.kv.match_prefix(request)
-        if plan.share_of(request.num_tokens - match.num_tokens) <= 0:
-            return None
-        return self.kv.missing(request, match, request.num_tokens) + self._promised_blocks(plan)
-
-    def _promised_blocks(self, plan: StepPlan) -> int:
-        running = (request for request in plan.prompts if request.status is RequestStatus.RUNNING)
-        return sum(max(0, self.kv.blocks_for(request.num_tokens) - len(request.block_ids)) for request in running)
-
-    @staticmethod
-    def _may_fork(request: Request) -> bool:
-        leader = request.leader
-        if leader is None or not leader.block_ids:
-            return False
-        return leader.num_computed_tokens >= request.num_prompt_tokens > 1
+        plan.num_displaced += len(victims)
+        return bool(victims)
 
     def _admit(self, plan: StepPlan, request: Request) -> bool:
         """Move a waiting request to running and schedule its first tokens. False when budget or blocks are short."""
-        if request.leader is not None and self._may_fork(request):
+        if request.leader is not None and may_fork(request):
             return self._admit_fork(plan, request, request.leader)
         match = self.kv.match_prefix(request)
         request.num_computed_tokens = match.num_tokens
         num_tokens = plan.share_of(request.num_uncomputed_tokens)
         # A prompt that is admitted piece by piece must fit as a whole, or several would grow into each other.
-        if num_tokens <= 0 or self.kv.missing(request, match, request.num_tokens) + self._promised_blocks(plan) > 0:
+        if num_tokens <= 0 or self.kv.missing(request, match, request.num_tokens) + promised_blocks(self.kv, plan) > 0:
             request.num_computed_tokens = 0
             return False
         self.kv.admit(request, match, match.num_tokens + num_tokens)
@@ -235,7 +239,7 @@ class Scheduler:
         return True
 
     def _admit_fork(self, plan: StepPlan, request: Request, leader: Request) -> bool:
-        if self.kv.pool.num_free <= self._promised_blocks(plan):
+        if self.kv.pool.num_free <= promised_blocks(self.kv, plan):
             return False
         if not self.kv.fork(request, leader, request.num_prompt_tokens):
             return False
@@ -256,6 +260,7 @@ class Scheduler:
         bisect.insort(self.running, request, key=self.policy.key)
         plan.add(request, num_tokens, request.num_uncomputed_tokens, [])
         plan.prompts.append(request)
+        plan.prompt_places -= 1
         plan.num_admitted += 1
 
     def _schedule_suspect(self, plan: StepPlan) -> None:
@@ -279,6 +284,7 @@ class Scheduler:
         self.kv.release(request)
         request.num_computed_tokens = 0
         request.num_retired_tokens = 0
+        request.draft_token_ids = []
         request.epoch += 1
         if request.known_to_runner:
             self._preempted_keys.append(request.key)
@@ -312,26 +318,40 @@ class Scheduler:
         step.preempted_keys, self._preempted_keys = self._preempted_keys, []
         self.policy.charge(plan.scheduled)
         parts = []
-        # Stable: those that need one token first.
-        for request, num_tokens in sorted(plan.scheduled.items(), key=lambda item: item[1] > 1):
+        for request, num_tokens in plan.ordered():
+            drafts = plan.drafts.get(request, ())
             step.num_scheduled_tokens[request.key] = num_tokens
             if request.known_to_runner:
                 step.cached_requests.append(
                     CachedRequest(request.key, plan.new_blocks[request], request.num_computed_tokens)
                 )
             else:
-                step.new_requests.append(_new_request(request))
+                step.new_requests.append(new_request(request))
                 request.known_to_runner = True
             request.num_computed_tokens += num_tokens
             request.num_inflight += 1
             request.last_step_id = step.step_id
-            samples = request.num_computed_tokens == request.num_tokens + request.num_pending
+            samples = request.num_computed_tokens == request.num_tokens + request.num_pending + len(drafts)
             request.num_pending += samples
-            parts.append(StepPart(request, num_tokens, request.epoch, samples))
+            num_proposals = plan.proposals.get(request, 0)
+            parts.append(StepPart(request, num_tokens, request.epoch, samples, drafts, num_proposals))
             if request.followers and request.num_computed_tokens >= request.num_prompt_tokens:
                 self._release_followers(request)
-        self._inflight[step.step_id] = InflightStep(step, parts)
+        step.draft_token_ids = {request.key: drafts for request, drafts in plan.drafts.items()}
+        step.num_proposals = {request.key: count for request, count in plan.proposals.items()}
+        step.token_masks = {request.key: masks for request, masks in plan.masks.items()}
+        binds = bool(plan.drafts or plan.proposals or plan.masks)
+        self._inflight[step.step_id] = InflightStep(step, parts, binds)
         return step
+
+    @staticmethod
+    def _add_masks(plan: StepPlan) -> None:
+        """Masks of those requests that sample and have no drafts; with drafts they were made with these."""
+        for request, num_tokens in plan.scheduled.items():
+            if request.matcher is not None and request not in plan.masks:
+                samples = request.num_computed_tokens + num_tokens == request.num_tokens + request.num_pending
+                if samples:
+                    plan.masks[request] = masks_along(request.matcher, ())[1]
 
     # ---- results come back ----
 
@@ -349,57 +369,35 @@ class Scheduler:
                 updates.append(self._finish_with_error(request, output.errors[request.key]))
                 continue
             if output.prompt_logprobs:
-                self._keep_prompt_logprobs(request, output)
+                keep_prompt_logprobs(request, output)
             is_current = part.epoch == request.epoch
             if is_current:
                 request.num_retired_tokens += part.num_tokens
                 if self._suspects and part.samples and request in self._suspects:
                     self._suspects.remove(request)
             if part.samples:
-                updates.append(self._append(request, output))
+                updates.append(self._sampled(part, output, is_current=is_current))
             if is_current and not request.finished:
                 self.kv.cache_computed_blocks(request)
+                if part.num_proposals and self.verification is not None:
+                    self.verification.take_proposals(part, output)
         return updates
 
-    def _append(self, request: Request, output: RunnerOutput) -> Update:
-        """Append sampled tokens up to the first that ends the request."""
+    def _sampled(self, part: StepPart, output: RunnerOutput, *, is_current: bool) -> Update:
+        """The request of this part has new tokens."""
+        request = part.request
         sampled = output.sampled_token_ids.get(request.key)
-        if not sampled:
-            raise IntegrityError(f"step {output.step_id} has no token for {request!r}")
-        offset = num_output = request.num_output_tokens
-        taken: list[int] = []
-        finish_reason: FinishReason | None = None
-        stop_token_id = None
-        if request.max_output_tokens == 0:
-            finish_reason = "length"
-        else:
-            for token_id in sampled:
-                request.token_ids.append(token_id)
-                taken.append(token_id)
-                num_output += 1
-                if token_id in request.stop_token_ids and num_output > request.sampling.min_tokens:
-                    finish_reason, stop_token_id = "stop", token_id
-                elif num_output >= request.max_output_tokens:
-                    finish_reason = "length"
-                if finish_reason is not None:
-                    break
-        if finish_reason is not None:
+        if not sampled or len(sampled) > 1 + len(part.drafts):
+            raise IntegrityError(f"step {output.step_id} has the tokens {sampled} for {request!r}")
+        if part.drafts and self.verification is not None:
+            self.verification.settle(part, sampled, is_current=is_current)
+        update = append_tokens(request, sampled, output.logprobs.get(request.key))
+        if update.finish_reason is not None:
             # The blocks of a finished request are the likeliest to be asked for again: name them first.
             if request.block_ids:
                 self.kv.cache_computed_blocks(request)
             self.finish(request)
-        logprobs = output.logprobs.get(request.key)
-        return Update(
-            request, offset, taken, logprobs[: len(taken)] if logprobs else None, finish_reason, stop_token_id
-        )
-
-    def _keep_prompt_logprobs(self, request: Request, output: RunnerOutput) -> None:
-        entry = output.prompt_logprobs.get(request.key)
-        if entry is None or request.prompt_logprobs is None:
-            return
-        start, entries = entry
-        # With several steps in flight a preempted request may be told an entry twice.
-        request.prompt_logprobs.extend(entries[request.next_prompt_logprob - start :])
+        return update
 
     def fail(self, step_id: int, error: str) -> list[Update]:
         """The oldest step in flight raised. Its results and those of later steps in flight are lost.
@@ -446,19 +444,7 @@ class Scheduler:
             running = request.status is RequestStatus.RUNNING
             if running != (request in self.running) or running != bool(request.block_ids):
                 raise IntegrityError(f"{request!r} holds {len(request.block_ids)} blocks in the wrong state")
+            if not 0 <= request.num_retired_tokens <= request.num_computed_tokens:
+                raise IntegrityError(f"{request!r} has {request.num_retired_tokens} tokens retired")
             if request.num_pending < 0 or request.num_inflight < 0:
                 raise IntegrityError(f"{request!r} got more results than it has steps")
-
-
-def _new_request(request: Request) -> NewRequest:
-    return NewRequest(
-        key=request.key,
-        token_ids=list(request.token_ids),
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_computed_tokens=request.num_computed_tokens,
-        block_ids=list(request.block_ids),
-        sampling=request.sampling,
-        seed=request.seed,
-        sample_index=request.index,
-        prompt_logprobs_start=request.next_prompt_logprob,
-    )

@@ -3,6 +3,6 @@
 Needs only the standard library: `resolve` finds folders, `api` speaks the hub's HTTP, `pull` downloads.
 """
 
-from penstock.hub.resolve import resolve_model
+from penstock.hub.resolve import resolve_model, resolve_models
 
-__all__ = ["resolve_model"]
+__all__ = ["resolve_model", "resolve_models"]

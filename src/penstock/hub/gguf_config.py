@@ -30,7 +30,9 @@ def model_config(parts: Sequence[GGUFFile], eos_token_ids: Sequence[int]) -> dic
     if architecture not in ARCHITECTURES:
         file.fail("general.architecture", f"{architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if file.integer(f"{architecture}.expert_count", 0):
-        file.fail(f"{architecture}.expert_count", "mixtures of experts are not supported")
+        file.fail(
+            f"{architecture}.expert_count", "mixtures of experts are not supported in GGUF; use the safetensors model"
+        )
     hidden_size = file.integer(f"{architecture}.embedding_length", minimum=1)
     num_heads = file.integer(f"{architecture}.attention.head_count", minimum=1)
     head_dim = _head_dim(file, architecture, hidden_size, num_heads)

@@ -9,6 +9,7 @@ A pulled model is a plain folder with a manifest (penstock.json), under
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.core.config import EMBEDDED_MODEL
+from penstock.core.config import EMBEDDED_DRAFT, EMBEDDED_MODEL, NGRAM, EngineConfig
 from penstock.core.errors import ConfigError
 from penstock.hub.gguf_folder import find_gguf, gguf_model_folder
 
@@ -37,14 +38,15 @@ class Manifest:
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: the embedded one ('stories'), an existing folder, a GGUF file, or a hub name that was pulled before.
+    """The folder of a model: the embedded one ('stories') or its draft model ('stories-draft'), an existing folder, a GGUF file, or a hub
+    name that was pulled before.
 
     A GGUF file, also one that is alone in a folder without safetensors files, gets a folder made from it (see gguf_folder). Raises
     ConfigError, one line with the fix, for everything else, and ModelFormatError for a GGUF file that cannot be used.
     """
     folder = Path(model).expanduser()
-    if model == EMBEDDED_MODEL and revision is None:
-        return embedded_model_folder()
+    if model in (EMBEDDED_MODEL, EMBEDDED_DRAFT) and revision is None:
+        return embedded_model_folder(model)
     if folder.is_dir():
         return _checked_folder(folder)
     if folder.is_file():
@@ -60,9 +62,21 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     raise ConfigError(_not_found_message(model, revision))
 
 
-def embedded_model_folder() -> Path:
-    """The packaged folder of the embedded model. Raises ConfigError when the installation lacks it."""
-    folder = Path(__file__).resolve().parents[1] / "assets" / EMBEDDED_MODEL
+def resolve_models(config: EngineConfig) -> tuple[Path, EngineConfig]:
+    """The folder of the model, and the settings with the folder of its draft model in place of the name. Raises as `resolve_model`."""
+    folder = resolve_model(config.model, config.revision)
+    if config.speculative_model in ("", NGRAM):
+        return folder, config
+    try:
+        draft = resolve_model(config.speculative_model)
+    except ConfigError as error:
+        raise ConfigError(f"--speculative-model: {error}") from error
+    return folder, dataclasses.replace(config, speculative_model=str(draft))
+
+
+def embedded_model_folder(name: str = EMBEDDED_MODEL) -> Path:
+    """The packaged folder of the embedded model, or of its draft model. Raises ConfigError when the installation lacks it."""
+    folder = Path(__file__).resolve().parents[1] / "assets" / name
     if not (folder / "config.json").is_file():
         raise ConfigError(f"The embedded model is missing from {folder}; reinstall Penstock or give a model folder.")
     return folder
@@ -161,7 +175,7 @@ def _not_found_message(model: str, revision: str | None) -> str:
 
 def _known_models(model: str) -> Iterator[str]:
     """What a mistyped name may have meant: the embedded model, pulled models, and what lies beside the mistyped path."""
-    yield EMBEDDED_MODEL
+    yield from (EMBEDDED_MODEL, EMBEDDED_DRAFT)
     root = models_folder()
     for manifest in (*root.glob(f"*/{MANIFEST}"), *root.glob(f"*/*/{MANIFEST}")):
         yield str(manifest.parent.relative_to(root)).partition("@")[0]

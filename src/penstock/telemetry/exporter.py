@@ -51,6 +51,9 @@ _NUMBERS: tuple[tuple[m.Metric, str], ...] = (
     (m.ENGINE_SWAPPED_IN, "swapped_in_blocks"),
     (m.ENGINE_DEVICE_SECONDS, "device_seconds"),
     (m.ENGINE_DEVICE_IDLE_SECONDS, "device_idle_seconds"),
+    (m.ENGINE_DRAFT_TOKENS, "draft_tokens"),
+    (m.ENGINE_ACCEPTED_DRAFT_TOKENS, "accepted_draft_tokens"),
+    (m.ENGINE_VERIFICATIONS, "verifications"),
     (m.ENGINE_RESIDENT_BYTES, "resident_bytes"),
 )
 _LIMITS = ("max_num_batched_tokens", "max_num_seqs", "max_prefill_tokens_while_decoding")

@@ -57,7 +57,7 @@ TOKEN_COUNT_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1638
 # The bounds of EngineStats.step_seconds_buckets and .step_tokens_buckets.
 STEP_SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # What a step consists of, in this order; `forward` is the model, everything else is what the engine adds.
-STEP_PHASES = ("schedule", "prepare", "forward", "sample", "deliver")
+STEP_PHASES = ("schedule", "prepare", "forward", "sample", "draft", "deliver")
 STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -233,7 +233,7 @@ ENGINE_STEP_TOKENS = _engine("step_tokens", "histogram", "Tokens computed in a s
 ENGINE_STEP_PHASE_SECONDS = _engine(
     "step_phase_seconds_total",
     "counter",
-    "Time spent in the parts of steps: schedule, prepare, forward, sample, deliver.",
+    "Time spent in the parts of steps: schedule, prepare, forward, sample, draft (proposing tokens to verify), deliver.",
     "phase",
 )
 ENGINE_DEVICE_SECONDS = _engine(
@@ -248,6 +248,19 @@ ENGINE_DEVICE_IDLE_SECONDS = _engine(
     "hidden behind the step before. Its share, which should stay below 0.05: "
     "`rate(penstock_engine_device_idle_seconds_total[5m]) / (rate(penstock_engine_device_idle_seconds_total[5m]) + "
     "rate(penstock_engine_device_seconds_total[5m]))`.",
+)
+ENGINE_DRAFT_TOKENS = _engine("draft_tokens_total", "counter", "Draft tokens verified under speculative decoding.")
+ENGINE_ACCEPTED_DRAFT_TOKENS = _engine(
+    "accepted_draft_tokens_total",
+    "counter",
+    "Draft tokens that were right and became output. The acceptance rate: "
+    "`rate(penstock_engine_accepted_draft_tokens_total[5m]) / rate(penstock_engine_draft_tokens_total[5m])`.",
+)
+ENGINE_VERIFICATIONS = _engine(
+    "verifications_total",
+    "counter",
+    "Steps of single samples that verified draft tokens; each gives one token more than it accepts. Tokens per such step: "
+    "`1 + rate(penstock_engine_accepted_draft_tokens_total[5m]) / rate(penstock_engine_verifications_total[5m])`.",
 )
 ENGINE_LIMIT = _engine("limit", "gauge", "The live limits in force, by name.", "name")
 ENGINE_RESIDENT_BYTES = _engine("resident_memory_bytes", "gauge", "Resident memory of the engine process.")

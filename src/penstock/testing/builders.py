@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable
 
 from penstock.core.types import EngineRequest, LiveLimits, SampleStart, SamplingParams, TokenDelta
 from penstock.engine.engine import Addressed, Engine
+from penstock.engine.grammar import Matcher
 from penstock.testing.fake_executor import FakeExecutor
 
 _ids = itertools.count()
@@ -51,7 +53,8 @@ def make_engine(
     policy: str = "fair",
     prefix_caching: bool = True,
     max_waiting_requests: int = 1024,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    matcher_for: Callable[[EngineRequest], Matcher | None] | None = None,
 ) -> Engine:
     """An engine over a fake executor."""
     limits = LiveLimits(
@@ -60,14 +63,6 @@ def make_engine(
         max_prefill_tokens_while_decoding=max_prefill_tokens_while_decoding,
     )
     executor = executor or FakeExecutor()
-    if clock is None:
-        return Engine(
-            executor,
-            limits,
-            policy=policy,
-            prefix_caching=prefix_caching,
-            max_waiting_requests=max_waiting_requests,
-        )
     return Engine(
         executor,
         limits,
@@ -75,6 +70,7 @@ def make_engine(
         prefix_caching=prefix_caching,
         max_waiting_requests=max_waiting_requests,
         clock=clock,
+        matcher_for=matcher_for,
     )
 
 

@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
+ModelType = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"]
 StorageType = Literal["float32", "bfloat16", "float16"]
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 # Ids of the tokenizer's special tokens; 0 to 255 are the bytes.
@@ -53,6 +55,12 @@ def write_tiny_checkpoint(
     tie_word_embeddings: bool = False,
     attention_bias: bool = False,
     mlp_bias: bool = False,
+    num_experts: int = 4,
+    experts_per_token: int = 2,
+    expert_size: int = 48,
+    norm_topk_prob: bool = True,
+    mlp_only_layers: Sequence[int] = (),
+    decoder_sparse_step: int = 1,
     eos_token_id: int | list[int] = EOS_TOKEN_ID,
     dtype: StorageType = "float32",
     num_shards: int = 1,
@@ -64,7 +72,8 @@ def write_tiny_checkpoint(
 
     `rope_parameters` as transformers 5 writes them ({"rope_type": ..., "rope_theta": ..., ...}); `legacy_rope` writes them in the older
     form (`rope_theta` and `rope_scaling`). `sliding_window` sets the window of Mistral, or of the Qwen layers that `layer_types` calls
-    "sliding_attention" (all layers without it). Returns `folder`.
+    "sliding_attention" (all layers without it). Mixtral's experts are of `intermediate_size`, those of Qwen of `expert_size`; the fields
+    after that one are Qwen's alone. Returns `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     head_dim = head_dim or hidden_size // num_heads
@@ -94,9 +103,20 @@ def write_tiny_checkpoint(
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     else:
         config["rope_parameters"] = rope
-    if model_type == "mistral":
+    if model_type == "mixtral":
+        config |= {"num_local_experts": num_experts, "num_experts_per_tok": experts_per_token}
+    elif model_type == "qwen3_moe":
+        config |= {
+            "num_experts": num_experts,
+            "num_experts_per_tok": experts_per_token,
+            "moe_intermediate_size": expert_size,
+            "norm_topk_prob": norm_topk_prob,
+            "mlp_only_layers": list(mlp_only_layers),
+            "decoder_sparse_step": decoder_sparse_step,
+        }
+    if model_type in ("mistral", "mixtral"):
         config["sliding_window"] = sliding_window
-    elif model_type in ("qwen2", "qwen3"):
+    elif model_type in ("qwen2", "qwen3", "qwen3_moe"):
         config["use_sliding_window"] = sliding_window is not None
         config["sliding_window"] = sliding_window
         config["max_window_layers"] = 0
@@ -151,9 +171,9 @@ def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     def norm(name: str, size: int) -> None:
         weights[f"{name}.weight"] = 1 + torch.randn(size, generator=generator) * 0.2
 
-    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
     query, key_value = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    qwen2, qwen3 = config["model_type"] == "qwen2", config["model_type"] == "qwen3"
+    qwen2, qwen3 = config["model_type"] == "qwen2", config["model_type"] in ("qwen3", "qwen3_moe")
     biased = config["attention_bias"] and (qwen3 or config["model_type"] == "llama")
     mlp_bias = config["mlp_bias"] and config["model_type"] == "llama"
     weights["model.embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden, generator=generator) * 0.5
@@ -168,13 +188,35 @@ def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
             norm(f"{layer}.self_attn.q_norm", head_dim)
             norm(f"{layer}.self_attn.k_norm", head_dim)
         norm(f"{layer}.post_attention_layernorm", hidden)
-        linear(f"{layer}.mlp.gate_proj", inner, hidden, mlp_bias)
-        linear(f"{layer}.mlp.up_proj", inner, hidden, mlp_bias)
-        linear(f"{layer}.mlp.down_proj", hidden, inner, mlp_bias)
+        for name, outputs, inputs in _feed_forward(config, index):
+            linear(f"{layer}.{name}", outputs, inputs, mlp_bias)
     norm("model.norm", hidden)
     if not config["tie_word_embeddings"]:
         linear("lm_head", config["vocab_size"], hidden, False)
     return weights
+
+
+def _feed_forward(config: dict[str, Any], index: int) -> list[tuple[str, int, int]]:
+    """Name, output and input features of the products behind the attention of layer `index`."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    if config["model_type"] == "mixtral":
+        count, moe, names = config["num_local_experts"], "block_sparse_moe", ("w1", "w3", "w2")
+    elif (
+        config["model_type"] == "qwen3_moe"
+        and index not in config["mlp_only_layers"]
+        and (index + 1) % config["decoder_sparse_step"] == 0
+    ):
+        inner = config["moe_intermediate_size"]
+        count, moe, names = config["num_experts"], "mlp", ("gate_proj", "up_proj", "down_proj")
+    else:
+        return [("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden), ("mlp.down_proj", hidden, inner)]
+    sizes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    experts = [
+        (f"{moe}.experts.{expert}.{name}", *size)
+        for expert in range(count)
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    return [(f"{moe}.gate", count, hidden), *experts]
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, num_shards: int) -> None:

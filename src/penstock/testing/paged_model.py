@@ -55,43 +55,29 @@ def make_metadata(
     )
 
 
-class PagedModel:
-    """A loaded model with a KV cache whose blocks are handed out in random order, so that no block table is contiguous.
+@dataclass(frozen=True)
+class PagedStep:
+    """The next tokens of some sequences, single tokens first, as a model takes them. query_lens: of `names`, in their order."""
 
-    Unwritten cache memory holds NaN: whoever reads it shows in the logits.
-    """
+    names: list[str]
+    query_lens: list[int]
+    input_ids: Tensor
+    positions: Tensor
+    metadata: AttentionMetadata
 
-    def __init__(
-        self, loaded: LoadedModel, *, num_blocks: int = 128, block_size: int = 16, seed: int = 0, poison: bool = True
-    ) -> None:
-        config = loaded.config
-        self.loaded = loaded
-        loaded.model.prepare(num_blocks * block_size)
+
+class PagedSequences:
+    """Sequences and their blocks, which are handed out in random order, so that no block table is contiguous."""
+
+    def __init__(self, num_blocks: int, block_size: int, seed: int, device: torch.device) -> None:
         self.block_size = block_size
-        self.device = next(loaded.model.parameters()).device
-        spec = dataclasses.replace(
-            loaded.cache_spec,
-            block_size=block_size,
-            key_dtype=loaded.activation_dtype,
-            value_dtype=loaded.activation_dtype,
-        )
-        self.backend: AttentionBackend = loaded.attention_backend
-        self.kv_caches: list[KVCache] = [
-            self.backend.allocate_kv_cache(num_blocks, spec, self.device) for _ in range(config.num_layers)
-        ]
-        if poison:
-            for cache in self.kv_caches:
-                cache.key.fill_(torch.nan)
-                cache.value.fill_(torch.nan)
+        self.device = device
         self.free_blocks = list(range(num_blocks))
         random.Random(seed).shuffle(self.free_blocks)  # noqa: S311
         self.sequences: dict[str, PagedSequence] = {}
 
-    def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Compute the next tokens of each named sequence in one forward pass; logits [tokens, vocab_size] of each.
-
-        A name that is new starts a sequence. Single tokens are put first, as decodes.
-        """
+    def advance(self, tokens: Mapping[str, Sequence[int]]) -> PagedStep:
+        """The step that computes these tokens, which count as computed from now on. A name that is new starts a sequence."""
         names = sorted(tokens, key=lambda name: len(tokens[name]) != 1)
         input_ids: list[int] = []
         positions: list[int] = []
@@ -112,13 +98,60 @@ class PagedModel:
             self.block_size,
             self.device,
         )
-        with torch.inference_mode(), forward_context(ForwardContext(metadata, self.kv_caches)):
-            hidden = self.loaded.model(
-                torch.tensor(input_ids, device=self.device), torch.tensor(positions, device=self.device)
-            )
-            logits = self.loaded.model.compute_logits(hidden)
-        return dict(zip(names, torch.split(logits, query_lens), strict=True))
+        return PagedStep(
+            names,
+            query_lens,
+            torch.tensor(input_ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            metadata,
+        )
 
     def finish(self, name: str) -> None:
         """Forget a sequence and free its blocks, whose memory keeps what was in it."""
         self.free_blocks += self.sequences.pop(name).block_ids
+
+
+class PagedModel:
+    """A loaded model with a KV cache and sequences.
+
+    Unwritten cache memory holds NaN: whoever reads it shows in the logits.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, num_blocks: int = 128, block_size: int = 16, seed: int = 0, poison: bool = True
+    ) -> None:
+        config = loaded.config
+        self.loaded = loaded
+        loaded.model.prepare(num_blocks * block_size)
+        device = next(loaded.model.parameters()).device
+        spec = dataclasses.replace(
+            loaded.cache_spec,
+            block_size=block_size,
+            key_dtype=loaded.activation_dtype,
+            value_dtype=loaded.activation_dtype,
+        )
+        self.backend: AttentionBackend = loaded.attention_backend
+        self.kv_caches: list[KVCache] = [
+            self.backend.allocate_kv_cache(num_blocks, spec, device) for _ in range(config.num_layers)
+        ]
+        if poison:
+            for cache in self.kv_caches:
+                cache.key.fill_(torch.nan)
+                cache.value.fill_(torch.nan)
+        self._paged = PagedSequences(num_blocks, block_size, seed, device)
+        self.sequences = self._paged.sequences
+
+    def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Compute the next tokens of each named sequence in one forward pass; logits [tokens, vocab_size] of each.
+
+        A name that is new starts a sequence. Single tokens are put first, as decodes.
+        """
+        step = self._paged.advance(tokens)
+        with torch.inference_mode(), forward_context(ForwardContext(step.metadata, self.kv_caches)):
+            hidden = self.loaded.model(step.input_ids, step.positions)
+            logits = self.loaded.model.compute_logits(hidden)
+        return dict(zip(step.names, torch.split(logits, step.query_lens), strict=True))
+
+    def finish(self, name: str) -> None:
+        """Forget a sequence and free its blocks, whose memory keeps what was in it."""
+        self._paged.finish(name)

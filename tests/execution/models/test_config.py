@@ -11,7 +11,7 @@ import torch
 
 from penstock.core.errors import ModelFormatError
 from penstock.execution.layers.rotary import RopeConfig
-from penstock.execution.models.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from penstock.execution.models.config import SUPPORTED_MODEL_TYPES, ExpertsConfig, ModelConfig
 from penstock.execution.models.registry import ARCHITECTURES
 
 # Llama-2-7b as it was published: no head_dim, no biases, no rope_parameters.
@@ -41,7 +41,7 @@ REMOVED = object()
 
 
 def read(folder: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
-    base = QWEN2 if changes.get("model_type") in ("qwen2", "qwen3") else LLAMA2
+    base = QWEN2 if changes.get("model_type") in ("qwen2", "qwen3", "qwen3_moe") else LLAMA2
     config = {name: value for name, value in (base | changes).items() if value is not REMOVED}
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
@@ -103,6 +103,10 @@ def test_yarn_reaches_beyond_max_position_embeddings(tmp_path: Path) -> None:
         ({"model_type": "mistral", "sliding_window": 64}, (64,) * 32),
         ({"model_type": "mistral", "sliding_window": None}, (None,) * 32),
         ({"model_type": "mistral"}, (4096,) * 32),
+        ({"model_type": "mixtral"}, (None,) * 32),
+        ({"model_type": "mixtral", "sliding_window": 64}, (64,) * 32),
+        ({"model_type": "qwen3_moe"}, (None,) * 4),
+        ({"model_type": "qwen3_moe", "use_sliding_window": True}, (100,) * 4),
         ({"model_type": "qwen2"}, (None,) * 4),
         ({"model_type": "qwen2", "use_sliding_window": False}, (None,) * 4),
         ({"model_type": "qwen2", "use_sliding_window": True}, (None, None, 100, 100)),
@@ -143,7 +147,7 @@ def test_every_supported_type_has_an_architecture() -> None:
     [
         (
             {"model_type": "gpt2"},
-            r"config\.json: model_type: 'gpt2' is not supported; supported: llama, mistral, qwen2",
+            r"config\.json: model_type: 'gpt2' is not supported; supported: llama, mistral, mixtral, qwen2",
         ),
         ({"model_type": REMOVED}, r"model_type: is missing"),
         ({"hidden_size": REMOVED}, r"hidden_size: is missing"),
@@ -198,3 +202,56 @@ def test_broken_file(tmp_path: Path, content: bytes, message: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"config\.json does not exist"):
         ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "experts"),
+    [
+        ({"model_type": "llama", "num_local_experts": 8}, None),
+        (
+            {"model_type": "mixtral"},
+            ExpertsConfig(count=8, per_token=2, intermediate_size=11008, renormalize=True, layers=tuple(range(32))),
+        ),
+        (
+            {"model_type": "qwen3_moe"},
+            ExpertsConfig(count=128, per_token=8, intermediate_size=768, renormalize=False, layers=(0, 1, 2, 3)),
+        ),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_local_experts": 16,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 96,
+                "norm_topk_prob": True,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [1],
+            },
+            ExpertsConfig(count=16, per_token=3, intermediate_size=96, renormalize=True, layers=(3,)),
+        ),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0, 1, 2, 3]}, None),
+    ],
+)
+def test_experts(tmp_path: Path, changes: dict[str, Any], experts: ExpertsConfig | None) -> None:
+    assert read(tmp_path, **changes).experts == experts
+
+
+def test_the_widest_feed_forward_block(tmp_path: Path) -> None:
+    assert read(tmp_path).feed_forward_width == 11008
+    assert read(tmp_path, model_type="mixtral").feed_forward_width == 2 * (11008 + 4096)
+    small: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "hidden_size": 512}
+    assert read(tmp_path, model_type="qwen3_moe", **small).feed_forward_width == 2 * (64 + 512)
+    assert read(tmp_path, model_type="qwen3_moe", mlp_only_layers=[0], **small).feed_forward_width == 11008
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 9, "num_experts": 8}, "num_experts_per_tok: a token cannot go to 9 of 8 experts"),
+        ({"mlp_only_layers": [4]}, "mlp_only_layers: names layer 4, but there are 4"),
+        ({"mlp_only_layers": ["a"]}, "mlp_only_layers: must be the number of a layer or a list of them"),
+        ({"num_experts": 0}, "num_experts: must be between 1"),
+    ],
+)
+def test_experts_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelFormatError, match=message):
+        read(tmp_path, model_type="qwen3_moe", **changes)

@@ -24,6 +24,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 20},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "num_heads": 8, "num_kv_heads": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 6, "expert_size": 64, "mlp_only_layers": [0]},
 }
 # Checkpoint's type, settings, arithmetic type.
 PRECISIONS: dict[str, tuple[StorageType, dict[str, Any], torch.dtype]] = {

@@ -61,6 +61,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3-tied-biases": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True, "attention_bias": True},
     "qwen3-window": {"model_type": "qwen3", "head_dim": 32, "sliding_window": 24},
+    "mixtral": {"model_type": "mixtral"},
+    "mixtral-top3-of-8-window": {
+        "model_type": "mixtral",
+        "num_experts": 8,
+        "experts_per_token": 3,
+        "sliding_window": 20,
+    },
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8, "experts_per_token": 3},
+    "qwen3-moe-shares-tied-window": {
+        "model_type": "qwen3_moe",
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "sliding_window": 24,
+    },
+    "qwen3-moe-some-dense": {
+        "model_type": "qwen3_moe",
+        "num_layers": 4,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 2,
+        "attention_bias": True,
+    },
 }
 
 

@@ -19,6 +19,7 @@ from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.loader import LoadOptions, Rounding, load_weights
 from penstock.execution.models.registry import LoadedModel, build_model, load_model
 from penstock.execution.models.source import SafetensorsSource
+from penstock.execution.parallel.sharding import WHOLE, Shard
 from penstock.execution.quantization.rounding import RoundingScheme, round_weight
 from penstock.testing.checkpoints import write_tiny_checkpoint
 from penstock.testing.paged_model import PagedModel
@@ -104,12 +105,13 @@ def test_what_a_source_gives_quantised_is_not_rounded_again(tmp_path: Path) -> N
             self.names, self.shape, self.nbytes, self.where = source.names, source.shape, source.nbytes, source.where
             self.source = source
 
-        def read(self, name: str) -> torch.Tensor | QuantizedTensor:
-            value = self.source.read(name)
+        def read(self, name: str, shard: Shard = WHOLE) -> torch.Tensor | QuantizedTensor:
+            value = self.source.read(name, shard)
             return round_weight(value, RoundingScheme(8)) if value.ndim == 2 else value
 
     folder = write_tiny_checkpoint(tmp_path)
     model = load(folder, "auto").model
+    assert model.lm_head is not None
     options = model.lm_head.options
     source = Quantized(SafetensorsSource([folder / "model.safetensors"]))
     rounding = Rounding({"linear": RoundingScheme(8), "head": RoundingScheme(8)}, "--quantization int8")

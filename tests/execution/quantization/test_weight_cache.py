@@ -100,8 +100,8 @@ def test_switched_off(tmp_path: Path, cache: Path) -> None:
     write(load(folder, quantization="int8"))
     loaded = load(folder, quantization="int8", weight_cache=False)
     assert loaded.pending_cache is None
-    segments = loaded.model.lm_head.kernel.segments  # type: ignore[attr-defined]
-    assert load(folder, quantization="int8").model.lm_head.kernel.segments[0].data.equal(segments[0].data)  # type: ignore[attr-defined]
+    segments = loaded.model.lm_head.kernel.segments  # type: ignore[union-attr]
+    assert load(folder, quantization="int8").model.lm_head.kernel.segments[0].data.equal(segments[0].data)  # type: ignore[union-attr]
     assert len(list(cache.iterdir())) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from penstock.execution.models.registry import LoadedModel
 from penstock.execution.runner.batch import PersistentBatch
 from penstock.execution.runner.model_runner import ModelRunner
 from penstock.execution.sampling.sampler import Sampler
+from penstock.execution.speculative.proposer import Proposer
 from penstock.testing.paged_model import PagedModel
 
 CPU = torch.device("cpu")
@@ -44,21 +45,32 @@ class WatchedModel:
 
 
 class Harness:
-    """A runner over `loaded` whose cache memory is NaN until it is written."""
+    """A runner over `loaded` whose cache memory is NaN until it is written. `make_proposer` makes where its drafts come from."""
 
     def __init__(
-        self, loaded: LoadedModel, *, num_blocks: int = 64, num_host_blocks: int = 8, max_slots: int = 8
+        self,
+        loaded: LoadedModel,
+        *,
+        num_blocks: int = 64,
+        num_host_blocks: int = 8,
+        max_slots: int = 8,
+        make_proposer: Callable[[Harness], Proposer] | None = None,
     ) -> None:
         self.loaded = loaded
         self.model = WatchedModel(loaded)
-        self.kv_caches = self._caches(num_blocks)
-        self.host_caches = self._caches(num_host_blocks)
+        self.kv_caches = poisoned_caches(loaded, num_blocks)
+        self.host_caches = poisoned_caches(loaded, num_host_blocks)
         self.max_slots = max_slots
         self.batch = PersistentBatch(max_slots, MAX_MODEL_LEN, BLOCK_SIZE, CPU)
         # A few rows of logits at a time.
         self.max_logits_bytes = 3 * loaded.config.vocab_size * 4
+        self.sampler = self.make_sampler()
+        self.proposer = None if make_proposer is None else make_proposer(self)
         self.runner = self.make_runner()
         self._next_step = 0
+
+    def make_sampler(self) -> Any:
+        return Sampler(self.loaded.config.vocab_size, self.max_slots, CPU, self.loaded.config.eos_token_ids)
 
     def make_runner(self) -> Runner:
         return ModelRunner(
@@ -67,21 +79,11 @@ class Harness:
             self.kv_caches,
             self.host_caches,
             batch=self.batch,
-            sampler=Sampler(self.loaded.config.vocab_size, self.max_slots, CPU, self.loaded.config.eos_token_ids),
+            sampler=self.sampler,
             device=CPU,
             max_logits_bytes=self.max_logits_bytes,
+            proposer=self.proposer,
         )
-
-    def _caches(self, num_blocks: int) -> list[KVCache]:
-        config = self.loaded.config
-        spec = dataclasses.replace(self.loaded.cache_spec, block_size=BLOCK_SIZE)
-        caches = [
-            self.loaded.attention_backend.allocate_kv_cache(num_blocks, spec, CPU) for _ in range(config.num_layers)
-        ]
-        for cache in caches:
-            cache.key.fill_(torch.nan)
-            cache.value.fill_(torch.nan)
-        return caches
 
     def step(
         self,
@@ -89,7 +91,7 @@ class Harness:
         *,
         new: Sequence[NewRequest] = (),
         cached: Sequence[CachedRequest] = (),
-        **changes: Sequence[object],
+        **changes: object,
     ) -> RunnerOutput:
         """Run one step; `changes` are further fields of SchedulerOutput."""
         return self.runner.execute(self.make_step(scheduled, new=new, cached=cached, **changes))
@@ -100,7 +102,7 @@ class Harness:
         *,
         new: Sequence[NewRequest] = (),
         cached: Sequence[CachedRequest] = (),
-        **changes: Sequence[object],
+        **changes: object,
     ) -> SchedulerOutput:
         step = SchedulerOutput(
             self._next_step,
@@ -122,6 +124,17 @@ class Harness:
             for key in lengths:
                 tokens[key] += output.sampled_token_ids[key]
         return tokens
+
+
+def poisoned_caches(loaded: LoadedModel, num_blocks: int) -> list[KVCache]:
+    """KV caches of all layers, in small blocks of NaN."""
+    spec = dataclasses.replace(loaded.cache_spec, block_size=BLOCK_SIZE)
+    backend, layers = loaded.attention_backend, range(loaded.config.num_layers)
+    caches = [backend.allocate_kv_cache(num_blocks, spec, CPU) for _ in layers]
+    for cache in caches:
+        cache.key.fill_(torch.nan)
+        cache.value.fill_(torch.nan)
+    return caches
 
 
 def new_request(

@@ -143,3 +143,51 @@ def test_broken_requests_are_left_out_until_they_come_again() -> None:
     inputs = batch.build({"a": 2, "b": 2})
     assert inputs is not None
     assert inputs.keys == ["a", "b"]
+
+
+def test_drafts_are_inputs_behind_the_tokens_without_counting() -> None:
+    batch = _batch()
+    batch.add(new_request("decode", [1, 2, 3], [9], num_computed_tokens=2))
+    slot = batch.add(new_request("drafted", range(10, 16), [5, 3, 8], num_computed_tokens=5))
+    batch.add(new_request("chunk", range(20, 30), [7, 1, 2]))
+    inputs = batch.build({"decode": 1, "drafted": 4, "chunk": 3}, {"drafted": [90, 91, 92], "unscheduled": [1]})
+    assert inputs is not None
+    assert inputs.input_ids.tolist() == [3, 15, 90, 91, 92, 20, 21, 22]
+    assert inputs.positions.tolist() == [2, 5, 6, 7, 8, 0, 1, 2]
+    assert inputs.attention.slot_mapping.tolist() == [38, 13, 14, 15, 32, 28, 29, 30]
+    assert inputs.attention.seq_lens.tolist() == [3, 9, 3]
+    assert inputs.num_drafts.tolist() == [0, 3, 0]
+    assert [inputs.keys[row] for row in inputs.sampling] == ["decode", "drafted"]
+    assert inputs.logit_rows.tolist() == [0, 1, 2, 3, 4]
+    assert inputs.sample_positions.tolist() == [3, 6]
+    assert batch.token_ids(slot).tolist() == list(range(10, 16))
+    # One draft is accepted. The scheduler need not say where the next step starts.
+    batch.finish_step(inputs)
+    batch.extend(slot, [90, 77])
+    assert batch.token_ids(slot).tolist() == [*range(10, 16), 90, 77]
+    inputs = batch.build({"drafted": 2, "chunk": 7}, {"drafted": [5]})
+    assert inputs is not None
+    assert inputs.input_ids.tolist() == [77, 5, *range(23, 30)]
+    assert inputs.positions.tolist() == [7, 8, *range(3, 10)]
+    assert inputs.logit_rows.tolist() == [0, 1, 8]
+    assert inputs.sample_positions.tolist() == [8, 10]
+
+
+@pytest.mark.parametrize(("scheduled", "drafts"), [(3, 3), (5, 3), (6, 5), (2, 1)])
+def test_drafts_that_do_not_fit_are_refused(scheduled: int, drafts: int) -> None:
+    """Fewer or more tokens than there are, no block for the last, and tokens of the prompt left out before the draft."""
+    batch = _batch()
+    computed = 1 if scheduled == 2 else 3
+    batch.add(new_request("a", [1, 2, 3, 4], [0, 1], num_computed_tokens=computed))
+    with pytest.raises(IntegrityError, match=f"and {drafts} drafts"):
+        batch.build({"a": scheduled}, {"a": [7] * drafts})
+
+
+def test_drafts_reach_up_to_the_end_of_the_context_and_no_further() -> None:
+    batch = _batch()
+    batch.add(new_request("a", range(30), range(9), num_computed_tokens=29))
+    inputs = batch.build({"a": 3}, {"a": [7, 8]})
+    assert inputs is not None
+    assert inputs.positions.tolist() == [29, 30, 31]
+    with pytest.raises(IntegrityError, match="and 3 drafts"):
+        batch.build({"a": 4}, {"a": [7] * 3})

@@ -12,7 +12,7 @@ import pytest
 
 from penstock.core.errors import ConfigError
 from penstock.execution.runner import cpus
-from penstock.execution.runner.cpus import bind_to_cpus, default_threads, parse_cpus
+from penstock.execution.runner.cpus import bind_to_cpus, default_threads, divide_cpus, parse_cpus
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,10 @@ print(with_torch, threads())
         pytest.skip("no native kernels in this installation")
     with_torch, with_both = done.stdout.split()
     assert with_torch == with_both
+
+
+def test_ranks_divide_the_cpus_that_are_given() -> None:
+    cpus = {0, 1, 2, 3, 8, 9, 10}
+    assert [divide_cpus(cpus, part, 3) for part in range(3)] == [{0, 1}, {2, 3}, {8, 9, 10}]
+    assert divide_cpus(cpus, 0, 1) == cpus
+    assert [divide_cpus({4, 5}, part, 3) for part in range(3)] == [{4}, {5}, {4}], "more ranks than CPUs share them"

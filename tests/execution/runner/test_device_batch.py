@@ -24,7 +24,9 @@ BLOCK_SIZE, MAX_MODEL_LEN = 4, 32
 class Halves:
     """Both halves of a batch; `step` does what a runner does without a model."""
 
-    def __init__(self, *, max_requests: int = 4, max_tokens: int = 16, data_size: int = 64) -> None:
+    def __init__(
+        self, *, max_requests: int = 4, max_tokens: int = 16, max_drafts: int = 0, data_size: int = 64
+    ) -> None:
         self.accelerator = PoisoningAccelerator()
         self.host = PersistentBatch(6, MAX_MODEL_LEN, BLOCK_SIZE, CPU)
         self.device = DeviceBatch(
@@ -34,6 +36,7 @@ class Halves:
             max_tokens=max_tokens,
             max_model_len=MAX_MODEL_LEN,
             block_size=BLOCK_SIZE,
+            max_drafts=max_drafts,
             data_size=data_size,
         )
 
@@ -41,19 +44,22 @@ class Halves:
         slot = self.host.add(new_request(key, token_ids, block_ids, num_computed_tokens=num_computed_tokens))
         self.device.add_request(slot, self.host.token_ids(slot), self.host.block_ids(slot))
 
-    def step(self, scheduled: dict[str, int]) -> StepShape:
-        shape = self.host.shape(scheduled)
+    def step(
+        self, scheduled: dict[str, int], drafts: dict[str, list[int]] | None = None, query_len: int = 0
+    ) -> StepShape:
+        shape = self.host.shape(scheduled, drafts or {})
         assert shape is not None
+        self.device.add_drafts(shape, drafts or {})
         self.device.upload(shape)
-        self.device.prepare(shape)
+        self.device.prepare(shape, query_len)
         self.host.finish_step(shape)
         self.device.finish(self.accelerator.mark())
         return shape
 
-    def assert_inputs(self, scheduled: dict[str, int]) -> None:
+    def assert_inputs(self, scheduled: dict[str, int], drafts: dict[str, list[int]] | None = None) -> None:
         """The step's inputs are those that the host alone would have built."""
-        expected = self.host.build(scheduled)
-        shape = self.step(scheduled)
+        expected = self.host.build(scheduled, drafts or {})
+        shape = self.step(scheduled, drafts)
         assert expected is not None
         found = self.device.metadata(shape)
         device, attention = self.device, expected.attention
@@ -61,8 +67,12 @@ class Halves:
         assert torch.equal(device.input_ids[:num_tokens], expected.input_ids)
         assert torch.equal(device.positions[:num_tokens], expected.positions)
         assert device.request_slots[: len(shape.keys)].tolist() == shape.slots.tolist()
-        assert torch.equal(device.tensors.logit_rows[: len(shape.sampling)], expected.logit_rows)
-        assert device.tensors.sample_positions[: len(shape.sampling)].tolist() == shape.sample_positions.tolist()
+        num_samples = len(expected.logit_rows)
+        assert torch.equal(device.tensors.logit_rows[:num_samples], expected.logit_rows)
+        owners = np.repeat(shape.sampling, shape.num_drafts[shape.sampling] + 1)
+        assert device.tensors.sample_slots[:num_samples].tolist() == shape.slots[owners].tolist()
+        positions = expected.positions[expected.logit_rows] + 1
+        assert torch.equal(device.tensors.sample_positions[:num_samples], positions)
         for name in ("query_start", "seq_lens", "slot_mapping"):
             assert torch.equal(getattr(found, name), getattr(attention, name)), name
         for name in ("query_start_host", "seq_lens_host"):
@@ -108,6 +118,53 @@ def test_rows_behind_decodes_are_padding() -> None:
         halves.step(dict.fromkeys(keys, 1))
         halves.assert_padding_from(len(keys))
         assert (halves.device.seq_lens[: len(keys)] > 0).all()
+
+
+def test_drafts_are_inputs_behind_the_tokens_of_their_requests() -> None:
+    halves = Halves(max_drafts=3)
+    halves.device.begin()
+    halves.add("decode", range(10, 16), [5, 3], 5)
+    halves.add("drafts", range(20, 26), [7, 1, 4], 5)
+    halves.add("chunk", range(40, 49), [2, 0, 6], 0)
+    halves.assert_inputs({"decode": 1, "drafts": 4, "chunk": 5}, {"drafts": [91, 92, 93]})
+    assert halves.device.input_ids[1:5].tolist() == [25, 91, 92, 93]
+    # The next step starts from what was sampled, wherever drafts were.
+    tokens = torch.tensor([70, 91, 60, 61, 62])
+    halves.device.append(tokens, torch.zeros(5, dtype=torch.bool))
+    halves.accelerator.mark().wait()
+    halves.host.append(np.array([halves.host.request("decode").slot]), np.array([70]))
+    halves.host.extend(halves.host.request("drafts").slot, [91, 60])
+    halves.device.begin()
+    halves.host.update([CachedRequest("decode", [], 6), CachedRequest("drafts", [], 7)])
+    halves.assert_inputs({"decode": 1, "drafts": 3, "chunk": 4}, {"drafts": [94, 95]})
+    assert halves.device.input_ids[:4].tolist() == [70, 60, 94, 95]
+
+
+def test_recorded_drafts_have_padding_in_front_and_behind() -> None:
+    halves = Halves(max_drafts=3)
+    halves.device.begin()
+    for number, key in enumerate("abcd"):
+        halves.add(key, range(8), [2 * number, 2 * number + 1, 20 + number])
+    halves.step({"a": 8, "b": 7})
+    halves.device.append(torch.tensor([8]), torch.tensor([False]))
+    halves.host.append(np.array([halves.host.request("a").slot]), np.array([8]))
+    device = halves.device
+    for drafts, query_len in (([50, 51], 3), ([], 3), ([50, 51], 4), ([], 1)):
+        halves.device.begin()
+        halves.host.update([CachedRequest("a", [], 8), CachedRequest("b", [], 7)])
+        halves.step({"b": 1, "a": 1 + len(drafts)}, {"a": drafts} if drafts else None, query_len)
+        written = [[7], [8 + place for place in range(1 + len(drafts))]]
+        for request, positions in enumerate(written):
+            rows = slice(request * query_len, (request + 1) * query_len)
+            front = [0] * (query_len - len(positions))
+            assert device.positions[rows].tolist() == front + positions
+            assert (device.slot_mapping[rows] >= 0).tolist() == [place >= len(front) for place in range(query_len)]
+            assert device.input_ids[rows].tolist() == front + ([7] if request == 0 else [8, *drafts])
+        assert device.tensors.logit_rows[:2].tolist() == [query_len - 1, 2 * query_len - 1 - len(drafts)]
+        behind = slice(2 * query_len, device.max_tokens)
+        for tensor, padding in ((device.input_ids, 0), (device.positions, 0), (device.slot_mapping, -1)):
+            assert (tensor[behind] == padding).all()
+        assert device.seq_lens.tolist() == [8, 9 + len(drafts), 0, 0]
 
 
 def test_metadata_of_decodes_has_bounds_and_keeps_its_place() -> None:
@@ -161,6 +218,14 @@ def test_a_step_that_is_too_large_is_refused() -> None:
     with pytest.raises(IntegrityError, match="2 requests and 9 tokens"):
         halves.step({"a": 8, "b": 1})
     assert halves.device.nbytes > 0
+    halves = Halves(max_requests=2, max_drafts=1)
+    halves.device.begin()
+    halves.add("a", range(2), [0, 1])
+    halves.add("b", range(1), [2, 3])
+    halves.step({"a": 2, "b": 1})
+    halves.host.append(np.array([halves.host.request("a").slot]), np.array([8]))
+    with pytest.raises(IntegrityError, match="samples 5 tokens; there is room for 4"):
+        halves.step({"a": 5}, {"a": [1, 2, 3, 4]})
 
 
 def test_memory_that_is_being_copied_is_not_written_to() -> None:

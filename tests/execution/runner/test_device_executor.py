@@ -19,11 +19,12 @@ from penstock.engine.engine import Engine
 from penstock.execution.attention.backend import KVCacheSpec
 from penstock.execution.models.decoder import CausalLM
 from penstock.execution.models.registry import LoadedModel, load_model
-from penstock.execution.runner import device_start, executors
+from penstock.execution.runner import device_start, worker
 from penstock.execution.runner.accelerator import HostAccelerator
 from penstock.execution.runner.cuda_graphs import DecodeGraphs
 from penstock.execution.runner.device_batch import DeviceBatch
 from penstock.execution.runner.executors import UniProcessExecutor
+from penstock.execution.runner.step_graphs import StepGraphs
 from penstock.execution.sampling.device_sampler import DeviceSampler
 from penstock.llm import LLM
 from penstock.testing.builders import make_request, run_to_end
@@ -108,7 +109,7 @@ def test_llm_gives_the_tokens_of_the_cpu(
     """Two requests at once of three, one of them in chunks; sampling as on a CPU."""
     run, replayed = DecodeGraphs.run, []
 
-    def watched(self: DecodeGraphs, num_requests: int) -> Tensor | None:
+    def watched(self: DecodeGraphs, num_requests: int) -> Tensor:
         replayed.append(num_requests)
         return run(self, num_requests)
 
@@ -132,6 +133,39 @@ def test_llm_gives_the_tokens_of_the_cpu(
         assert ours.error is None
         assert ours.outputs[0].token_ids == reference.outputs[0].token_ids
     ours, reference = (output[2].outputs[0].logprobs for output in outputs)
+    assert ours is not None
+    assert reference is not None
+    assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in reference], abs=1e-4)
+
+
+@pytest.mark.parametrize("overlap", ["on", pytest.param("off", marks=pytest.mark.slow)])
+def test_drafts_are_verified_by_recorded_steps(small: Path, overlap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of the model itself, which are all right; the tokens are those of a CPU without drafts."""
+    run, replayed = StepGraphs.run, []
+
+    def watched(self: StepGraphs, num_requests: int, query_len: int) -> Tensor:
+        replayed.append((num_requests, query_len))
+        return run(self, num_requests, query_len)
+
+    monkeypatch.setattr(StepGraphs, "run", watched)
+    samplings = [
+        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=3, max_tokens=4, ignore_eos=True, frequency_penalty=0.3, logprobs=1),
+    ]
+    prompts = [[3, 4, 5], [6, 7]]
+    settings = SETTINGS | {"overlap_scheduling": overlap, "enforce_eager": False}
+    speculation = {"speculative_model": str(small), "num_speculative_tokens": 2}
+    outputs = []
+    for choice in (settings | speculation, SETTINGS | {"attention_backend": "torch"}):
+        with LLM(str(small), **choice) as llm:
+            outputs.append(llm.generate(list(prompts), samplings))
+            assert llm.stats.step_failures == 0
+        if "speculative_model" in choice:
+            assert llm.stats.accepted_draft_tokens == llm.stats.draft_tokens >= 4
+    assert {query_len for _, query_len in replayed} == {1, 3}
+    for ours, reference in zip(*outputs, strict=True):
+        assert ours.outputs[0].token_ids == reference.outputs[0].token_ids
+    ours, reference = (output[1].outputs[0].logprobs for output in outputs)
     assert ours is not None
     assert reference is not None
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in reference], abs=1e-4)
@@ -187,8 +221,13 @@ class MeasuredAccelerator(HostAccelerator):
         return self._step_bytes
 
 
+def _use(accelerator: MeasuredAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_start, "make_accelerator", lambda device: accelerator)
+    monkeypatch.setattr(worker, "share_of_free_memory", lambda device, local_ranks: accelerator.free)
+
+
 def test_memory_is_measured_where_it_can_be(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_start, "make_accelerator", lambda device: MeasuredAccelerator(70 * MIB))
+    _use(MeasuredAccelerator(70 * MIB), monkeypatch)
     monkeypatch.setattr("penstock.execution.runner.kv_memory.KV_CAP_FACTOR", 10**6)
     with _executor(small, kv_cache_gib=0.0, memory_utilization=0.5, enforce_eager=False) as executor:
         # Half of 400, less 50 for weights and buffers, 70 for a step, and 13 for two graphs.
@@ -196,7 +235,7 @@ def test_memory_is_measured_where_it_can_be(small: Path, monkeypatch: pytest.Mon
 
 
 def test_too_little_memory_names_every_part(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_start, "make_accelerator", lambda device: MeasuredAccelerator(170 * MIB))
+    _use(MeasuredAccelerator(170 * MIB), monkeypatch)
     with pytest.raises(ConfigError, match=r"buffers take 50\.0 MiB, a full step 170\.0 MiB and CUDA graphs 0\.0 MiB"):
         UniProcessExecutor(EngineConfig(**SETTINGS | {"kv_cache_gib": 0.0, "memory_utilization": 0.5}), small)
 
@@ -209,8 +248,8 @@ def test_weights_that_do_not_fit_are_one_line(small: Path, monkeypatch: pytest.M
     def load_model(*_: Any) -> LoadedModel:
         raise _out_of_memory()
 
-    monkeypatch.setattr(executors, "load_model", load_model)
-    monkeypatch.setattr(device_start, "make_accelerator", lambda device: MeasuredAccelerator(1))
+    monkeypatch.setattr(worker, "load_model", load_model)
+    _use(MeasuredAccelerator(1), monkeypatch)
     with pytest.raises(
         ConfigError, match=r"The weights of small \(0\.\d MiB as stored\) do not fit into 400\.0 MiB"
     ) as caught:

@@ -18,6 +18,7 @@ from penstock.execution.runner.accelerator import HostAccelerator
 from penstock.execution.runner.outputs import NO_DISTRIBUTION
 from tests.execution.runner.device_harness import DeviceHarness
 from tests.execution.runner.harness import Harness, new_request, solo_tokens
+from tests.execution.runner.proposers import draft_model
 
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, frequency_penalty=0.4, min_tokens=4)
 A, B = [5, 6, 7, 8, 9], list(range(20, 31))
@@ -101,6 +102,29 @@ def test_a_slot_that_changes_hands_while_its_token_is_on_the_way(loaded: LoadedM
     assert new.result().sampled_token_ids["a"] == solo_tokens(loaded, B, 1)
     assert harness.decode({"a": 12}, 2)["a"] == solo_tokens(loaded, B, 3)[1:]
     assert harness.batch.token_ids(0).tolist() == B + solo_tokens(loaded, B, 3)
+
+
+def test_nothing_is_proposed_for_who_has_left_meanwhile(loaded: LoadedModel) -> None:
+    """Another request with the same name, in the same slot, is not meant."""
+    harness = DeviceHarness(loaded, max_slots=2, max_drafts=2, make_proposer=draft_model(loaded))
+    runner = harness.device_runner
+    new = [new_request("a", A, [1, 2]), new_request("b", B[:3], [3, 4])]
+    first = runner.launch(harness.make_step({"a": 5, "b": 3}, new=new, num_proposals={"a": 2, "b": 2}))
+    again = new_request("a", B, [5, 6, 7, 8])
+    second = runner.launch(
+        harness.make_step({"a": 11}, new=[again], finished_keys=["a"], num_proposals={"a": 2}),
+    )
+    expected = solo_tokens(loaded, B[:3], 4)
+    output = first.result()
+    assert output.sampled_token_ids == {"a": solo_tokens(loaded, A, 1), "b": expected[:1]}
+    assert output.draft_token_ids == {"b": expected[1:3]}
+    assert second.result().draft_token_ids == {"a": solo_tokens(loaded, B, 3)[1:]}
+    # The device is told what the drafts were, and keeps what became of them.
+    step = harness.make_step(
+        {"b": 3}, cached=[CachedRequest("b", [], 3)], draft_token_ids={"b": [expected[1], expected[2] + 1]}
+    )
+    assert runner.launch(step).result().sampled_token_ids == {"b": expected[1:3]}
+    assert runner.launch(decode_step(harness, "b", 5)).result().sampled_token_ids == {"b": expected[3:]}
 
 
 def test_a_launch_that_fails_between_two_that_do_not(loaded: LoadedModel) -> None:

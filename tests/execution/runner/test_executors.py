@@ -15,7 +15,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.step import CachedRequest, SchedulerOutput
 from penstock.execution.kernels.native import native_available
 from penstock.execution.models.registry import LoadedModel
-from penstock.execution.runner import executors
+from penstock.execution.runner import worker
 from penstock.execution.runner.executors import UniProcessExecutor
 from penstock.testing.builders import make_request, run_to_end
 from tests.execution.runner.harness import new_request, solo_tokens
@@ -133,7 +133,7 @@ def test_weights_that_do_not_fit_say_what_to_take_instead(checkpoint: Path, monk
     def load(*_: Any) -> LoadedModel:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr(executors, "load_model", load)
+    monkeypatch.setattr(worker, "load_model", load)
     says = r"The weights of tiny \(\d\.\d MiB as stored\) do not fit into .* MiB of free memory: take --quantization int8 or int4,"
     with pytest.raises(ConfigError, match=says):
         UniProcessExecutor(_config(), checkpoint)

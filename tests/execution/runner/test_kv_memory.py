@@ -47,9 +47,7 @@ def _plan(
 ) -> KVPlan:
     return plan_kv_memory(
         config,
-        loaded.config,
-        loaded.attention_backend,
-        _spec(loaded, config),
+        loaded.config.num_layers * loaded.attention_backend.bytes_per_block(_spec(loaded, config)),
         use or MemoryUse(free, weights, activation_bytes(config, loaded.config, torch.float32)),
         free_host_bytes=GIB,
     )
@@ -61,6 +59,14 @@ def test_takes_its_share_of_what_weights_and_activations_leave(loaded: LoadedMod
     plan = _plan(loaded, CONFIG, free=free, weights=1000)
     assert plan == KVPlan(num_blocks=30, num_host_blocks=0, bytes_per_block=BLOCK_BYTES)
     assert _plan(loaded, CONFIG, free=free, weights=1001).num_blocks == 29
+
+
+def test_rows_of_drafts_count_as_far_as_a_step_has_tokens(loaded: LoadedModel) -> None:
+    config = dataclasses.replace(CONFIG, max_num_seqs=4, max_num_batched_tokens=10)
+    row = 3 * loaded.config.vocab_size * 4
+    plain = activation_bytes(config, loaded.config, torch.float32)
+    assert activation_bytes(config, loaded.config, torch.float32, 1) == plain + 4 * row
+    assert activation_bytes(config, loaded.config, torch.float32, 5) == plain + 6 * row
 
 
 def test_on_a_gpu_what_was_measured_comes_off(loaded: LoadedModel) -> None:
@@ -117,6 +123,20 @@ def test_errors_name_both_numbers_and_the_fix(loaded: LoadedModel) -> None:
         _plan(loaded, dataclasses.replace(CONFIG, kv_cache_gib=2))
     with pytest.raises(ConfigError, match=r"--swap-space-gib 2 is 2,048\.0 MiB but 1,024\.0 MiB of main memory"):
         _plan(loaded, dataclasses.replace(CONFIG, swap_space_gib=2))
+
+
+def test_sizes_are_those_of_all_ranks_together(loaded: LoadedModel) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        tensor_parallel_size=2,
+        kv_cache_gib=14.5 * BLOCK_BYTES / GIB,
+        swap_space_gib=7 * BLOCK_BYTES / GIB,
+    )
+    assert _plan(loaded, config) == KVPlan(num_blocks=7, num_host_blocks=3, bytes_per_block=BLOCK_BYTES)
+    with pytest.raises(
+        ConfigError, match=r"--kv-cache-gib 4 is 2,048\.0 MiB for each of 2 ranks but 1,024\.0 MiB are free"
+    ):
+        _plan(loaded, dataclasses.replace(config, kv_cache_gib=4))
 
 
 def test_a_short_context_needs_no_more_than_itself(loaded: LoadedModel) -> None:

@@ -24,6 +24,13 @@ def test_zero_and_auto_become_numbers() -> None:
     assert (gpu.max_prefill_tokens_while_decoding, gpu.memory_utilization) == (1024, 0.9)
 
 
+def test_ranks_of_one_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "default_threads", lambda: 6)
+    for ranks, threads in ((1, 6), (2, 3), (4, 1), (8, 1)):
+        assert resolve_limits(EngineConfig(), CPU, ranks).threads == threads
+    assert resolve_limits(EngineConfig(threads=5), CPU, 4).threads == 5
+
+
 def test_given_values_stay() -> None:
     config = EngineConfig(
         threads=3,

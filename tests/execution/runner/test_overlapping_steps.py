@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,14 +16,17 @@ from penstock.engine.executor import KVCapacity, SpeculationProfile, StepHandle
 from penstock.engine.step import RunnerOutput, SchedulerOutput
 from penstock.execution.models.registry import LoadedModel
 from penstock.execution.sampling.device_sampler import DeviceSampler
+from penstock.execution.speculative.proposer import Proposer
 from penstock.testing.builders import Collector, make_request
 from tests.execution.runner.device_harness import DeviceHarness
 from tests.execution.runner.harness import BLOCK_SIZE, MAX_MODEL_LEN, Harness
+from tests.execution.runner.proposers import Turns, draft_model
 
 # Tokens that make the model fail for the request alone, or for the whole step.
 POISON, BOMB = 250, 251
 NUM_BLOCKS, NUM_HOST_BLOCKS, MAX_SLOTS = 28, 40, 12
 SEEDS = [0, 1]
+MAX_DRAFTS = 3
 SAMPLER_SEED = 3
 NUM_REQUESTS, FEW_REQUESTS, ABORTED_NUMBER = 15, 3, 3
 ABORTED = (f"r{ABORTED_NUMBER}", 0)
@@ -34,10 +38,12 @@ class RunnerExecutor:
     def __init__(self, harness: Harness, max_inflight: int) -> None:
         self.max_inflight = max_inflight
         self.micro_batches = 1
-        self.speculation: SpeculationProfile | None = None
+        self.speculation = None if harness.proposer is None else SpeculationProfile(MAX_DRAFTS)
+        self.num_verified = 0
         self._harness = harness
 
     def submit(self, step: SchedulerOutput) -> StepHandle:
+        self.num_verified += sum(len(drafts) for drafts in step.draft_token_ids.values())
         if isinstance(self._harness, DeviceHarness):
             return self._harness.device_runner.launch(step)
         return ExecutedStep(self._harness, step)
@@ -134,11 +140,14 @@ def outcomes(harness: Harness, depth: int, seed: int, count: int = NUM_REQUESTS)
     rng = random.Random(seed)
     harness.model.hook = fail
     limits = LiveLimits(max_num_batched_tokens=24, max_num_seqs=6, max_prefill_tokens_while_decoding=9)
-    engine = Engine(RunnerExecutor(harness, depth), limits)
+    executor = RunnerExecutor(harness, depth)
+    engine = Engine(executor, limits)
     waiting = random_requests(rng)[:count]
+    # With drafts requests end sooner, and have to come sooner to be in each other's way.
+    arrivals = 0.4 if harness.proposer is None else 0.9
     collector, logprobs = Collector(), dict[tuple[str, int], list[TokenLogprobs]]()
     while waiting or engine.has_work():
-        if waiting and rng.random() < 0.4:
+        if waiting and rng.random() < arrivals:
             collector.take(engine.add(waiting.pop(0)))
         deltas = engine.step()
         if len(collector.tokens.get(ABORTED, ())) > 2:
@@ -148,6 +157,7 @@ def outcomes(harness: Harness, depth: int, seed: int, count: int = NUM_REQUESTS)
             logprobs.setdefault((delta.request_id, delta.index), []).extend(delta.logprobs or [])
         engine.check_integrity()
     stats = engine.stats()
+    assert (executor.num_verified > count) == (harness.proposer is not None)
     if count == NUM_REQUESTS:
         assert min(stats.preemptions, stats.swapped_out_blocks, stats.swapped_in_blocks, stats.prefix_hit_tokens) > 0
     return {
@@ -215,10 +225,59 @@ def test_an_engine_over_overlapping_steps(
     assert_equal(found, expected_outcomes[seed])
 
 
-def test_the_sampler_of_the_device(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize(
+    ("depth", "largest_graph", "drafter", "seed"),
+    [
+        (2, 0, "itself", 0),
+        (3, 6, "both", 1),
+        pytest.param(1, 6, "itself", 1, marks=pytest.mark.slow),
+        pytest.param(2, 6, "other", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_change_nothing(
+    loaded: LoadedModel,
+    draft: LoadedModel,
+    expected_outcomes: dict[int, Outcomes],
+    depth: int,
+    largest_graph: int,
+    drafter: str,
+    seed: int,
+) -> None:
+    """Whoever drafts: the model itself, whose drafts are all right, another one, whose drafts are all wrong, or both by turns."""
+    itself, other = draft_model(loaded), draft_model(draft)
+    drafters: dict[str, Callable[[Harness], Proposer]] = {
+        "itself": itself,
+        "other": other,
+        "both": lambda harness: Turns([itself(harness), other(harness)]),
+    }
+    harness = DeviceHarness(
+        loaded,
+        num_blocks=NUM_BLOCKS,
+        num_host_blocks=NUM_HOST_BLOCKS,
+        max_slots=MAX_SLOTS,
+        max_inflight=depth,
+        largest_graph=largest_graph,
+        graph_lengths=(1, 2, 1 + MAX_DRAFTS),
+        max_drafts=MAX_DRAFTS,
+        make_proposer=drafters[drafter],
+    )
+    assert_equal(outcomes(harness, depth, seed), expected_outcomes[seed])
+    assert harness.graphs is None or harness.graphs.lengths_run == {1, 2, 1 + MAX_DRAFTS}
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_sampler_of_the_device(loaded: LoadedModel, drafts: bool) -> None:
     """A few requests, because its kernels are slow when they are interpreted."""
-    sizes = {"num_blocks": NUM_BLOCKS, "num_host_blocks": NUM_HOST_BLOCKS}
-    expected = outcomes(Harness(loaded, **sizes), 1, SAMPLER_SEED, FEW_REQUESTS)
+    host = Harness(loaded, num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS)
+    count = FEW_REQUESTS - drafts
+    expected = outcomes(host, 1, SAMPLER_SEED, count)
     assert any(outcome.logprobs for outcome in expected.values())
-    harness = DeviceHarness(loaded, num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS, sampler=DeviceSampler)
-    assert_equal(outcomes(harness, 2, SAMPLER_SEED, FEW_REQUESTS), expected)
+    harness = DeviceHarness(
+        loaded,
+        num_blocks=NUM_BLOCKS,
+        num_host_blocks=NUM_HOST_BLOCKS,
+        max_drafts=MAX_DRAFTS,
+        make_proposer=draft_model(loaded) if drafts else None,
+        sampler=DeviceSampler,
+    )
+    assert_equal(outcomes(harness, 2, SAMPLER_SEED, count), expected)

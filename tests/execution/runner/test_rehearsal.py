@@ -9,7 +9,13 @@ import pytest
 from penstock.core.config import EngineConfig
 from penstock.engine.step import SchedulerOutput
 from penstock.execution.models.registry import LoadedModel
-from penstock.execution.runner.rehearsal import full_steps, small_steps, varied_steps
+from penstock.execution.runner.rehearsal import (
+    full_steps,
+    proposal_steps,
+    small_steps,
+    varied_steps,
+    verification_steps,
+)
 from tests.execution.runner.harness import BLOCK_SIZE, Harness
 
 CONFIG = EngineConfig(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=128, block_size=BLOCK_SIZE)
@@ -47,3 +53,27 @@ def test_varied_steps_stay_within_the_limits(loaded: LoadedModel) -> None:
     mixed = [list(step.num_scheduled_tokens.values()) for step in steps if step.cached_requests]
     assert mixed == [[1] * decodes + [tokens] for decodes in (1, 3, 16) for tokens in (64, 61)]
     assert varied_steps(dataclasses.replace(CONFIG, max_num_batched_tokens=8)) == []
+
+
+@pytest.mark.parametrize(("num_drafts", "num_requests", "expected"), [(4, 99, 6), (9, 99, 4), (4, 1, 1), (39, 6, 1)])
+def test_verifications_go_as_far_as_budget_and_batch(
+    loaded: LoadedModel, num_drafts: int, num_requests: int, expected: int
+) -> None:
+    steps = verification_steps(CONFIG, num_drafts, num_requests)
+    assert _run(loaded, steps, 1) == [expected, expected, 0]
+    assert steps[1].total_tokens == expected * (1 + num_drafts)
+
+
+def test_there_is_nothing_to_verify_where_no_draft_fits() -> None:
+    assert verification_steps(CONFIG, 0, 6) == []
+    assert verification_steps(CONFIG, 40, 6) == []
+    assert verification_steps(dataclasses.replace(CONFIG, max_model_len=5), 4, 6) == []
+
+
+def test_proposals_stay_within_the_blocks(loaded: LoadedModel) -> None:
+    steps = proposal_steps(CONFIG, 3, 3)
+    assert _run(loaded, steps, 3) == [1, 0]
+    (count,) = steps[0].num_proposals.values()
+    assert count == 3
+    assert proposal_steps(CONFIG, 4, 3) == []
+    assert proposal_steps(CONFIG, 0, 64) == []

@@ -26,9 +26,14 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def reference_uniform(seed: int, sample_index: int, position: int, stream: int = 0) -> float:
-    key = splitmix64(mix(seed), sample_index)
-    return ((splitmix64(key, 4 * position + stream) >> 12) + 0.5) / 2.0**52
+def reference_start(seed: int, sample_index: int, position: int, stream: int = 0) -> int:
+    """Where the random numbers of a position start."""
+    return splitmix64(splitmix64(mix(seed), sample_index), 4 * position + stream)
+
+
+def reference_uniform(start: int, number: int) -> float:
+    """Random number `number` of a position: splitmix64(start, number), too far away to walk there."""
+    return ((mix(start + (number + 1) * GAMMA) >> 12) + 0.5) / 2.0**52
 
 
 def process(
@@ -71,14 +76,23 @@ def kept_tokens(logits: Sequence[float], params: SamplingParams) -> tuple[list[i
     return kept, closest
 
 
-def draw_token(logits: Sequence[float], kept: Sequence[int], temperature: float, uniform: float) -> tuple[int, float]:
-    """The drawn token, and how close the number was to another one's part of the distribution."""
+def draw_token(logits: Sequence[float], kept: Sequence[int], temperature: float, start: int) -> tuple[int, float]:
+    """The drawn token, and by how much of its time the winner of either race came before the next one."""
     weights = {i: math.exp((logits[i] - max(logits)) / temperature) for i in kept}
-    goal = uniform * sum(weights.values())
-    passed, closest, chosen = 0.0, math.inf, -1
-    for token_id in kept:
-        passed += weights[token_id]
-        closest = min(closest, abs(passed - goal) / sum(weights.values()))
-        if passed > goal and chosen < 0:
-            chosen = token_id
-    return chosen, closest
+    chunks: dict[int, float] = {}
+    for token_id, weight in weights.items():
+        chunks[token_id // 128] = chunks.get(token_id // 128, 0.0) + weight
+    chunk, chunk_lead = race(chunks, start, 0)
+    inside = {token_id: weight for token_id, weight in weights.items() if token_id // 128 == chunk}
+    token_id, lead = race(inside, start, 2**32)
+    return token_id, min(chunk_lead, lead)
+
+
+def race(weights: dict[int, float], start: int, first_number: int) -> tuple[int, float]:
+    """Who comes in first, and how long before the next one, as a part of its own time (infinity alone)."""
+    times = sorted(
+        (-math.log(reference_uniform(start, first_number + entrant)) / weight, entrant)
+        for entrant, weight in weights.items()
+        if weight > 0
+    )
+    return times[0][1], times[1][0] / times[0][0] - 1 if len(times) > 1 else math.inf

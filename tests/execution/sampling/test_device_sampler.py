@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.core.errors import ConfigError
-from penstock.core.types import SamplingParams
+from penstock.core.errors import ConfigError, IntegrityError
+from penstock.core.types import SamplingParams, TokenLogprobs
 from penstock.execution.sampling.device_sampler import DeviceSampler, DeviceSamples
+from penstock.execution.sampling.masks import TokenMasks
 from penstock.execution.sampling.sampler import SampledRows, Sampler
+from penstock.execution.sampling.verification import DraftRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -176,6 +178,156 @@ def test_biases_and_masks() -> None:
     assert {row[1] for row in tokens} <= {4, 8, 39}
     assert [row[2] in (2, 11, 12) for row in tokens] == [False, False, True]
     assert [row[3] for row in tokens] == [2, 2, 2]
+
+
+@dataclass
+class Verification:
+    """Drafts of some requests of a pair, and what they are verified with."""
+
+    drafts: list[list[int]]
+    logits: Tensor
+    first_position: int = 6
+    masks: TokenMasks | None = None
+
+    @property
+    def rows(self) -> DraftRows:
+        return DraftRows(self.drafts)
+
+    def plainly(self, pair: Pair) -> tuple[list[list[int]], list[bool], dict[int, list[TokenLogprobs]]]:
+        """New tokens, failures and log-probabilities, one token and one request after the other, by the definition's `sample`."""
+        tokens: list[list[int]] = [[] for _ in self.drafts]
+        failed = [False] * len(self.drafts)
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for slot, start in enumerate(self.rows.start.tolist()):
+            for offset in range(1 + len(self.drafts[slot])):
+                row = self.logits[start + offset : start + offset + 1].clone()
+                masks = None
+                if self.masks is not None and start + offset in self.masks.rows:
+                    masks = TokenMasks(np.array([0]), self.masks.bits[self.masks.rows == start + offset])
+                position = np.array([self.first_position + offset])
+                found = pair.definition.sample(row, np.array([slot]), position, masks)
+                if found.failed[0]:
+                    failed[slot], tokens[slot] = True, []
+                    logprobs.pop(slot, None)
+                    break
+                tokens[slot].append(int(found.token_ids[0]))
+                if found.logprobs is not None:
+                    logprobs.setdefault(slot, []).extend(found.logprobs.to_structs(found.num_top))
+                if tokens[slot][-1] != (*self.drafts[slot], -1)[offset]:
+                    break
+        return tokens, failed, logprobs
+
+    def launch(self, pair: Pair) -> DeviceSamples:
+        rows = self.rows
+        with torch.inference_mode():
+            return pair.device.launch_verify(
+                self.logits.to(DEVICE, copy=True),
+                np.arange(len(self.drafts)),
+                torch.from_numpy(rows.request).to(DEVICE),
+                torch.from_numpy(self.first_position + rows.offset).to(DEVICE),
+                self.drafts,
+                self.masks,
+            )
+
+    def check(self, pair: Pair) -> list[list[int]]:
+        """The device's outcome is that of plain sampling; returns the new tokens."""
+        sampled, rows = self.launch(pair), self.rows
+        token_ids, failed_rows = sampled.token_ids.cpu().numpy(), sampled.failed.cpu().numpy()
+        num_new, failed = rows.outcome(token_ids, failed_rows)
+        tokens, expected_failed, logprobs = self.plainly(pair)
+        assert failed.tolist() == expected_failed
+        assert rows.new_tokens(token_ids, num_new, failed) == tokens
+        for slot, entries in logprobs.items():
+            found = sampled.logprobs
+            assert found is not None
+            for offset, entry in enumerate(entries):
+                place = found.rows.tolist().index(rows.start[slot] + offset)
+                assert float(found.logprobs[place]) == pytest.approx(entry.logprob, abs=2e-6)
+                assert int(found.ranks[place]) == entry.rank
+                assert found.top_ids[place, : len(entry.top)].tolist() == [token_id for token_id, _ in entry.top]
+        return tokens
+
+
+VERIFIED = [
+    SamplingParams(temperature=0.0, logprobs=2),
+    SamplingParams(temperature=0.8, frequency_penalty=0.9, repetition_penalty=1.2, logprobs=1),
+    SamplingParams(temperature=0.9, top_k=9, stop_token_ids=(4, 5), min_tokens=5),
+    SamplingParams(temperature=0.0, presence_penalty=1.5),
+    SamplingParams(temperature=1.1, logit_bias={3: 2.0}),
+]
+
+
+def _alike(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Logits for the rows of requests with so many drafts, all much the same in each request, so that without penalties its tokens would be
+    too; and those of one row each."""
+    base = _random_logits(len(lengths), 40, spread=1.0, seed=seed)
+    repeated = base.repeat_interleave(torch.tensor(lengths) + 1, dim=0)
+    return repeated + _random_logits(len(repeated), 40, spread=0.01, seed=seed + 1), base
+
+
+def _right_drafts(lengths: list[int], logits: Tensor) -> list[list[int]]:
+    """What plain sampling gives, as far as each request's drafts go."""
+    pair = Pair(VERIFIED, vocab_size=40, output=[7, 7, 9])
+    drafts: list[list[int]] = [[] for _ in lengths]
+    starts = DraftRows([[0] * length for length in lengths]).start
+    for slot, length in enumerate(lengths):
+        for offset in range(length):
+            row = logits[starts[slot] + offset : starts[slot] + offset + 1].clone()
+            token = pair.definition.sample(row, np.array([slot]), np.array([6 + offset])).token_ids[0]
+            drafts[slot].append(int(token))
+    return drafts
+
+
+@pytest.mark.parametrize("wrong_from", [1, 3])
+def test_drafts_give_the_tokens_of_one_row_after_the_other(wrong_from: int) -> None:
+    """Also what is counted: the next step, without drafts, is that of the definition."""
+    lengths = [3, 3, 2, 1, 0]
+    logits, next_logits = _alike(lengths, seed=4)
+    drafts = _right_drafts(lengths, logits)
+    for some in drafts:
+        some[wrong_from:] = [(token + 1) % 40 for token in some[wrong_from:]]
+    pair = Pair(VERIFIED, vocab_size=40, output=[7, 7, 9])
+    tokens = Verification(drafts, logits).check(pair)
+    assert [len(some) for some in tokens] == [1 + min(wrong_from, length) for length in lengths]
+    for position in (10, 11):
+        assert _differing(*pair.sample(next_logits, position)) == []
+
+
+def test_masks_and_failures_of_verified_rows() -> None:
+    lengths = [2, 2, 2, 2, 0]
+    logits = _random_logits(sum(lengths) + len(lengths), 40, spread=1.0, seed=6)
+    drafts = _right_drafts(lengths, logits)
+    bits = np.zeros((3, 5), dtype=np.uint8)
+    bits[0, 1] = 2  # token 9
+    bits[1, 4] = 0x81  # tokens 32 and 39
+    masks = TokenMasks(np.array([0, 4, 12]), bits)
+    drafts[0] = [9, 0]
+    drafts[3] = [(drafts[3][0] + 1) % 40, 5]
+    logits[7, 3] = torch.nan  # behind a draft that is right
+    logits[10] = torch.nan  # behind one that is wrong
+    verification = Verification(drafts, logits, masks=masks)
+    tokens = verification.check(Pair(VERIFIED, vocab_size=40, output=[7, 7, 9]))
+    assert tokens[0][0] == 9
+    assert tokens[1][1] in (32, 39)
+    assert [bool(some) for some in tokens] == [True, True, False, True, False]
+
+
+def test_masks_of_another_vocabulary_are_refused() -> None:
+    masks = TokenMasks(np.array([0]), np.zeros((1, 4), dtype=np.uint8))
+    with pytest.raises(IntegrityError, match="masks"):
+        Verification([[]], _random_logits(1, 40), masks=masks).launch(Pair(VERIFIED[:1], vocab_size=40))
+
+
+def test_a_look_at_what_would_be_sampled_changes_nothing() -> None:
+    pair = Pair(VERIFIED, vocab_size=40, output=[7, 7, 9])
+    slots, positions = np.array([1, 3, 1, 4]), np.array([6, 6, 7, 6])
+    logits = _random_logits(4, 40, spread=1.0, seed=7)
+    logits[3, 2] = torch.nan
+    for _ in range(2):
+        found = pair.device.peek(logits.to(DEVICE, copy=True), slots, positions)
+        assert found.tolist() == pair.definition.peek(logits.clone(), slots, positions).tolist()
+        assert found[3] == 0
+    assert _differing(*pair.sample(_random_logits(5, 40, spread=1.0, seed=8), 6)) == []
 
 
 def test_rows_without_a_distribution_fail_alone() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from penstock.core.types import SamplingParams
 from penstock.execution.sampling.sampler import SampledRows, Sampler
-from tests.execution.sampling.reference_sampler import draw_token, kept_tokens, process, reference_uniform
+from tests.execution.sampling.reference_sampler import draw_token, kept_tokens, process, reference_start
 
 CPU = torch.device("cpu")
 EOS = (2,)
@@ -105,8 +105,8 @@ def test_every_row_is_sampled_as_the_reference_samples_it_alone(rows: list[Row])
             assert logits[token_id] >= best - 1e-5
             continue
         kept, closest_filter = kept_tokens(logits, row.params)
-        uniform = reference_uniform(row.seed, row.sample_index, row.position)
-        expected, closest_draw = draw_token(logits, kept, row.params.temperature, uniform)
+        start = reference_start(row.seed, row.sample_index, row.position)
+        expected, closest_draw = draw_token(logits, kept, row.params.temperature, start)
         assume(min(closest_filter, closest_draw) > 1e-5)
         assert token_id == expected
 

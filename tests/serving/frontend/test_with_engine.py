@@ -18,7 +18,8 @@ from penstock.engine.process import EngineLoop
 from penstock.serving.frontend.async_engine import AsyncEngine
 from penstock.serving.frontend.client import GenerationRequest, TokensPrompt
 from penstock.testing.builders import make_engine
-from penstock.testing.fake_executor import FakeExecutor, expected_tokens
+from penstock.testing.fake_executor import FakeExecutor
+from penstock.testing.fake_model import expected_tokens
 
 VOCAB_SIZE = 997
 

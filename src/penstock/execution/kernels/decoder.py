@@ -11,7 +11,11 @@ from torch import Tensor
 from penstock.core.errors import IntegrityError
 from penstock.execution.kernels.attention import KVCacheStruct
 from penstock.execution.kernels.linear import NativeLinear
+from penstock.execution.kernels.moe import NativeExperts
 from penstock.execution.kernels.native import library, pointer
+from penstock.execution.kernels.rank_sum import RankSum
+
+_SUM_FAILED = 2
 
 
 class _LayerStruct(ctypes.Structure):
@@ -24,6 +28,8 @@ class _LayerStruct(ctypes.Structure):
         ("o", ctypes.c_void_p),
         ("gate_up", ctypes.c_void_p),
         ("down", ctypes.c_void_p),
+        ("router", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
         ("sliding_window", ctypes.c_int32),
     ]
 
@@ -39,6 +45,9 @@ class _SpecStruct(ctypes.Structure):
         ("norm_eps", ctypes.c_float),
         ("final_norm", ctypes.c_void_p),
         ("layers", ctypes.POINTER(_LayerStruct)),
+        ("all_reduce", ctypes.c_void_p),
+        ("reduce_context", ctypes.c_void_p),
+        ("rank", ctypes.c_int32),
     ]
 
 
@@ -65,7 +74,10 @@ class StepStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class DecoderLayerWeights:
-    """One layer. Norm weights are float32; q_norm and k_norm are None where heads are not normalised."""
+    """One layer. Norm weights are float32; q_norm and k_norm are None where heads are not normalised.
+
+    feed_forward: gate_up and down, or a router and its experts.
+    """
 
     input_norm: Tensor
     post_attention_norm: Tensor
@@ -73,18 +85,21 @@ class DecoderLayerWeights:
     k_norm: Tensor | None
     qkv: NativeLinear
     o: NativeLinear
-    gate_up: NativeLinear
-    down: NativeLinear
+    feed_forward: tuple[NativeLinear, NativeLinear] | tuple[NativeLinear, NativeExperts]
     sliding_window: int | None
 
 
 class DecoderHandle:
-    """A stack of layers in C++. Holds the weights that it points to; not thread-safe."""
+    """A stack of layers in C++. Holds the weights that it points to; not thread-safe.
+
+    final_norm: None where another process has it. Heads and intermediate_size, the largest of dense layers, are those of this rank;
+    rank_sum: None when there is one.
+    """
 
     def __init__(
         self,
         layers: Sequence[DecoderLayerWeights],
-        final_norm: Tensor,
+        final_norm: Tensor | None,
         *,
         num_heads: int,
         num_kv_heads: int,
@@ -92,8 +107,10 @@ class DecoderHandle:
         hidden_size: int,
         intermediate_size: int,
         norm_eps: float,
+        rank_sum: RankSum | None = None,
     ) -> None:
         self._kept_alive = (list(layers), final_norm)
+        self._rank_sum = rank_sum
         structs = (_LayerStruct * len(layers))(*(_layer_struct(layer) for layer in layers))
         self._structs = structs
         spec = _SpecStruct(
@@ -106,6 +123,9 @@ class DecoderHandle:
             norm_eps=norm_eps,
             final_norm=pointer(final_norm),
             layers=structs,
+            all_reduce=None if rank_sum is None else rank_sum.function,
+            reduce_context=None if rank_sum is None else rank_sum.context,
+            rank=0 if rank_sum is None else rank_sum.rank,
         )
         native = library()
         native.penstock_decoder_create.restype = ctypes.c_void_p
@@ -124,15 +144,19 @@ class DecoderHandle:
             self._destroy(handle)
 
     def forward(self, step: StepStruct) -> None:
-        """Run the stack. Raises MemoryError when there is no room for this step's activations."""
+        """Run the stack. Raises MemoryError when there is no room for this step's activations, and what summing over ranks raises."""
         status = self._forward(self._handle, ctypes.byref(step))
         if status == 1:
             raise MemoryError(f"no memory for the activations of {step.num_tokens} tokens")
+        if status == _SUM_FAILED and self._rank_sum is not None:
+            raise self._rank_sum.failure(status)
         if status:
             raise IntegrityError(f"the native decoder answered {status}")
 
 
 def _layer_struct(layer: DecoderLayerWeights) -> _LayerStruct:
+    first, second = (ctypes.addressof(part.struct) for part in layer.feed_forward)
+    mixture = isinstance(layer.feed_forward[1], NativeExperts)
     return _LayerStruct(
         input_norm=pointer(layer.input_norm),
         post_attention_norm=pointer(layer.post_attention_norm),
@@ -140,7 +164,9 @@ def _layer_struct(layer: DecoderLayerWeights) -> _LayerStruct:
         k_norm=pointer(layer.k_norm),
         qkv=ctypes.addressof(layer.qkv.struct),
         o=ctypes.addressof(layer.o.struct),
-        gate_up=ctypes.addressof(layer.gate_up.struct),
-        down=ctypes.addressof(layer.down.struct),
+        gate_up=None if mixture else first,
+        down=None if mixture else second,
+        router=first if mixture else None,
+        experts=second if mixture else None,
         sliding_window=layer.sliding_window or 0,
     )

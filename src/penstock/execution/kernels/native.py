@@ -20,7 +20,7 @@ import torch
 from penstock.core.errors import ConfigError
 
 # Equal to PENSTOCK_ABI_VERSION in csrc/abi.h.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _LIBRARY = Path(os.environ.get("PENSTOCK_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 

@@ -10,14 +10,24 @@ Codes are unsigned. A symmetric weight has no offsets; its zero is the middle co
 
 Float8Tensor: 8-bit floats with a scale for each block.      weight[n, k] = codes[n, k] * scales[n // rows, k // columns]
 CodebookTensor: 4-bit indices into a table of 16 numbers.    weight[n, k] = codebook[codes[n, k]] * scales[n, k // group_size]
+
+Parts of a weight have the very numbers of the whole. Where a part begins or ends within a group or block, it gets smaller ones, each with
+the scale of the one that it was cut from.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# Groups and blocks that are not a whole row or column are multiples of this.
+SMALLEST_GROUP = 16
+
+# Numbers of a quantised weight that are float32 for a moment, where a part of it is made.
+_CONVERTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,16 @@ class QuantizedTensor:
         """Output features [start, stop) of the weight; a view."""
         offsets = None if self.offsets is None else self.offsets[start:stop]
         return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], offsets=offsets)
+
+    def columns(self, start: int, stop: int) -> QuantizedTensor | None:
+        """Input features [start, stop) of the weight, in memory of their own. None when no groups of one size can hold them: where a border
+        cuts a group too finely, or groups are scattered over the input features (input_order)."""
+        cut = _cut_groups(self.group_size, start, stop)
+        if self.input_order is not None or cut is None:
+            return None
+        offsets = None if self.offsets is None else cut.scales(self.offsets)
+        codes = self.codes[:, start:stop].contiguous()
+        return replace(self, codes=codes, group_size=cut.size, scales=cut.scales(self.scales), offsets=offsets)
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [N, K], input features in their own order."""
@@ -82,10 +102,22 @@ class Float8Tensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     def rows(self, start: int, stop: int) -> Float8Tensor:
-        """Output features [start, stop) of the weight, a view. All of them are of one block, or `start` is the first of one."""
+        """Output features [start, stop) of the weight; codes are a view."""
         height = self.block[0]
-        scales = self.scales[start // height : -(-stop // height)]
-        return replace(self, codes=self.codes[start:stop], scales=scales)
+        # Blocks of one row hold any part.
+        single = _CutGroups(1, start // height, height, start % height, stop - start)
+        cut = _cut_groups(height, start, stop, last_may_be_partial=True) or single
+        return replace(
+            self, codes=self.codes[start:stop], scales=cut.scales(self.scales.t()).t(), block=(cut.size, self.block[1])
+        )
+
+    def columns(self, start: int, stop: int) -> Float8Tensor | None:
+        """Input features [start, stop) of the weight, in memory of their own. None when a border cuts a block too finely."""
+        cut = _cut_groups(self.block[1], start, stop, last_may_be_partial=True)
+        if cut is None:
+            return None
+        codes = self.codes[:, start:stop].contiguous()
+        return replace(self, codes=codes, scales=cut.scales(self.scales), block=(self.block[0], cut.size))
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [N, K]."""
@@ -116,6 +148,14 @@ class CodebookTensor:
         """Output features [start, stop) of the weight; a view."""
         return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop])
 
+    def columns(self, start: int, stop: int) -> CodebookTensor | None:
+        """Input features [start, stop) of the weight, in memory of their own. None when a border cuts a group too finely."""
+        cut = _cut_groups(self.group_size, start, stop)
+        if cut is None:
+            return None
+        codes = self.codes[:, start:stop].contiguous()
+        return replace(self, codes=codes, group_size=cut.size, scales=cut.scales(self.scales))
+
     def dequantize(self) -> Tensor:
         """The weight, float32 [N, K]."""
         rows, columns = self.shape
@@ -128,3 +168,53 @@ CompactWeight = QuantizedTensor | Float8Tensor | CodebookTensor
 
 # What a checkpoint may hold for a parameter.
 StoredWeight = Tensor | CompactWeight
+
+
+def part_of(value: CompactWeight, rows: tuple[int, int], columns: tuple[int, int]) -> StoredWeight:
+    """Output features [start, stop) and input features [start, stop) of a weight: in fewer bits where groups allow it, else float32."""
+    part = value.rows(*rows)
+    if columns == (0, value.shape[1]):
+        return part
+    compact = part.columns(*columns)
+    if compact is not None:
+        return compact
+    numbers = torch.empty(rows[1] - rows[0], columns[1] - columns[0], device=part.codes.device)
+    step = max(1, _CONVERTED_AT_ONCE // value.shape[1])
+    for start in range(0, len(numbers), step):
+        stop = min(len(numbers), start + step)
+        numbers[start:stop] = part.rows(start, stop).dequantize()[:, columns[0] : columns[1]]
+    return numbers
+
+
+@dataclass(frozen=True)
+class _CutGroups:
+    """Groups of a part. size: their input features. repeats: how many of them each old group from number `first` on is cut into, of which
+    `count` from number `skipped` on are the part's."""
+
+    size: int
+    first: int
+    repeats: int
+    skipped: int
+    count: int
+
+    def scales(self, whole: Tensor) -> Tensor:
+        """The part's columns of scales or offsets [N, groups], in memory of their own."""
+        if self.repeats == 1:
+            return whole[:, self.first : self.first + self.count].contiguous()
+        old = -(-(self.skipped + self.count) // self.repeats)
+        spread = whole[:, self.first : self.first + old].repeat_interleave(self.repeats, 1)
+        return spread[:, self.skipped : self.skipped + self.count].contiguous()
+
+
+def _cut_groups(size: int, start: int, stop: int, *, last_may_be_partial: bool = False) -> _CutGroups | None:
+    """How groups of `size` input features become groups of the features [start, stop); None when those would be too small."""
+    first = start // size
+    if stop <= (first + 1) * size:
+        return _CutGroups(stop - start, first, 1, 0, 1)
+    if start % size == 0 and (last_may_be_partial or stop % size == 0):
+        return _CutGroups(size, first, 1, 0, -(-stop // size) - first)
+    finer = math.gcd(size, start) if last_may_be_partial else math.gcd(size, start, stop)
+    if finer % SMALLEST_GROUP:
+        return None
+    skipped = (start - first * size) // finer
+    return _CutGroups(finer, first, size // finer, skipped, -(-(stop - start) // finer))

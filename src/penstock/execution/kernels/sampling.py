@@ -1,7 +1,7 @@
 """Tokens and log-probabilities from logits in main memory, by csrc/sampling.h.
 
-The twins are in execution/sampling/: sampler.py (torch_tokens) and logprobs.py (torch_token_logprobs). Requests' parameters lie in one
-numpy array with a record per slot, which the kernels read where it is.
+The twins are in execution/sampling/: torch_sampler.py (torch_tokens), masks.py (torch_forbid) and logprobs.py
+(torch_token_logprobs). Requests' parameters lie in one numpy array with a record per slot, which the kernels read where it is.
 """
 
 from __future__ import annotations
@@ -59,6 +59,20 @@ class _SampleCall(ctypes.Structure):
     ]
 
 
+class _MaskCall(ctypes.Structure):
+    """MaskCall in csrc/sampling_call.h."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("logit_rows", ctypes.c_void_p),
+        ("bits", ctypes.c_void_p),
+        ("mask_bytes", ctypes.c_int64),
+    ]
+
+
 class _LogprobCall(ctypes.Structure):
     """LogprobCall in csrc/sampling_call.h."""
 
@@ -107,6 +121,24 @@ def sample_tokens(
     return token_ids, failed
 
 
+def mask_logits(logits: Tensor, rows: IntArray, bits: npt.NDArray[np.uint8]) -> None:
+    """Subtract infinity, in place, from the logits of tokens that are not allowed.
+
+    logits: float32 [M, V], see `can_read`; rows: int64 [N], distinct; bits: uint8 [N, ceil(V / 8)], as in TokenMasks.
+    """
+    rows, bits = np.ascontiguousarray(rows), np.ascontiguousarray(bits)
+    call = _MaskCall(
+        logits.data_ptr(),
+        logits.stride(0),
+        logits.shape[1],
+        len(rows),
+        rows.ctypes.data,
+        bits.ctypes.data,
+        bits.shape[1],
+    )
+    _functions()[2](ctypes.byref(call))
+
+
 def find_logprobs(
     logits: Tensor, rows: IntArray | None, token_ids: IntArray, num_top: int
 ) -> tuple[npt.NDArray[np.float32], IntArray, IntArray, npt.NDArray[np.float32]]:
@@ -139,9 +171,10 @@ def find_logprobs(
 
 
 @cache
-def _functions() -> tuple[ctypes._NamedFuncPointer, ctypes._NamedFuncPointer]:
+def _functions() -> tuple[ctypes._NamedFuncPointer, ctypes._NamedFuncPointer, ctypes._NamedFuncPointer]:
     native = library()
-    sample, logprobs = native.penstock_sample, native.penstock_logprobs
+    sample, logprobs, mask = native.penstock_sample, native.penstock_logprobs, native.penstock_mask_logits
     sample.argtypes, sample.restype = [ctypes.POINTER(_SampleCall)], None
     logprobs.argtypes, logprobs.restype = [ctypes.POINTER(_LogprobCall)], None
-    return sample, logprobs
+    mask.argtypes, mask.restype = [ctypes.POINTER(_MaskCall)], None
+    return sample, logprobs, mask

@@ -12,11 +12,11 @@ from penstock.execution.layers.rotary import Rotation, apply_rotary
 
 
 class Attention(nn.Module):
-    """Causal attention of layer `layer_index` through the chosen backend.
+    """Causal attention of layer `layer_index`, counted in this process, through the chosen backend.
 
-    heads [T, H + 2 * KVH, D]: query, key and value heads as they are projected; returns [T, H * D]. With norms, every query and key head
-    is normalised before it is rotated. Which tokens belong together and where the cache is comes from the forward context and from
-    nowhere else. `sliding_window`: see AttentionBackend.attend.
+    heads [T, H + 2 * KVH, D]: this rank's query, key and value heads as they are projected; returns [T, H * D]. With norms, every query
+    and key head is normalised before it is rotated. Which tokens belong together and where the cache is comes from the forward context
+    and from nowhere else. `sliding_window`: see AttentionBackend.attend.
     """
 
     def __init__(

@@ -1,4 +1,8 @@
-"""Token embedding and the output head that may share its table."""
+"""Token embedding and the output head that may share its table.
+
+The ranks of `options.part.tensor` have equal pieces of the vocabulary, the last one maybe less. Looking up adds up what they have, which
+is zero everywhere but on one rank; logits are gathered.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penstock.core.errors import IntegrityError
+from penstock.core.errors import ConfigError, IntegrityError
 from penstock.execution.kernels.linear import NativeLinear
 from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
 from penstock.execution.layers.linear import LinearKernel, PackedLinear, PlainLinear, linear_kernel, packing_pays
 from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.weight import Slot, Slots, as_float
+from penstock.execution.parallel.sharding import WHOLE, Shard, padded_part
 
 # Up to this many bytes, a tied table may be in memory twice.
 _SMALL_TABLE = 16 * 2**20
@@ -72,13 +77,16 @@ class VocabEmbedding(nn.Module):
     """Token ids int64 [T] → vectors [T, hidden_size], a fresh tensor that the caller may change.
 
     The table keeps the type that the checkpoint stores it in, unless activations have a smaller one. Quantised tables are looked up as
-    they are where kernels can.
+    they are where kernels can. `lookups`: False where it is only the place for the weight of the output head that is tied to it, as in
+    the last stage of a pipeline.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, options: LayerOptions) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, options: LayerOptions, *, lookups: bool = True) -> None:
         super().__init__()
         self.shape = (vocab_size, hidden_size)
         self.options = options
+        self.lookups = lookups
+        self.rows = _vocabulary_part(vocab_size, options)
         self.head: LMHead | None = None
         self._table: Table | None = None
 
@@ -92,11 +100,12 @@ class VocabEmbedding(nn.Module):
     @property
     def nbytes(self) -> int:
         """Memory of the table that is not the output head's."""
-        return self.table.nbytes
+        return self.table.nbytes if self.lookups else 0
 
     def slots(self) -> Slots:
         """The place for the table. With a tied head it is treated as the head's weight."""
-        return {("weight", None): Slot(self.shape, "table" if self.head is None else "head", self._take)}
+        shard = _vocabulary_shard(self.rows, self.shape[0])
+        return {("weight", None): Slot(self.shape, "table" if self.head is None else "head", self._take, shard)}
 
     @property
     def native_weight(self) -> NativeLinear | None:
@@ -110,11 +119,17 @@ class VocabEmbedding(nn.Module):
             self.head.take_native(weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.table(input_ids).to(self.options.dtype)
+        tensor = self.options.part.tensor
+        if tensor.size == 1:
+            return self.table(input_ids).to(self.options.dtype)
+        start, stop = self.rows
+        absent = (input_ids < start) | (input_ids >= stop)
+        rows = self.table((input_ids - start).masked_fill_(absent, 0)).to(self.options.dtype)
+        return tensor.all_reduce(rows.masked_fill_(absent.unsqueeze(-1), 0))
 
     def _take(self, value: StoredWeight) -> None:
         if self.head is not None:
-            self._table = self.head.take_tied(value)
+            self._table = self.head.take_tied(value, lookups=self.lookups)
             return
         if self.options.native and isinstance(value, QuantizedTensor):
             weight = linear_kernel([value], None, self.options)
@@ -145,6 +160,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.shape = (vocab_size, hidden_size)
         self.options = options
+        self.rows = _vocabulary_part(vocab_size, options)
         self.tied = tied_to is not None
         self._kernel: LinearKernel | None = None
         self._shares_table = False
@@ -166,7 +182,8 @@ class LMHead(nn.Module):
 
     def slots(self) -> Slots:
         """The place for the weight; none when it comes with the embedding."""
-        return {} if self.tied else {("weight", None): Slot(self.shape, "head", self._take)}
+        shard = _vocabulary_shard(self.rows, self.shape[0])
+        return {} if self.tied else {("weight", None): Slot(self.shape, "head", self._take, shard)}
 
     @property
     def native_weight(self) -> NativeLinear | None:
@@ -177,8 +194,8 @@ class LMHead(nn.Module):
         """Use a weight that was packed before."""
         self._kernel = weight
 
-    def take_tied(self, value: StoredWeight) -> Table:
-        """Take the embedding's weight; returns the table for lookups."""
+    def take_tied(self, value: StoredWeight, *, lookups: bool = True) -> Table | None:
+        """Take the embedding's weight; returns the table for lookups, None if there are none and the weight is no table by itself."""
         if self.options.native:
             self._take(value)
             if isinstance(self._kernel, NativeLinear):
@@ -189,6 +206,9 @@ class LMHead(nn.Module):
             if (kernel := lookup_kernel(value, self.options)) is not None:
                 self._kernel = kernel
                 return GPUTable(kernel, self.options.dtype, shared=True)
+        if not lookups:
+            self._take(value)
+            return None
         stored = _smallest(as_float(value), self.options)
         weight = stored.to(self.options.dtype)
         if packing_pays(weight) and (stored.dtype != weight.dtype or weight.nbytes <= _SMALL_TABLE):
@@ -201,10 +221,34 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """With `out`, float32 [M, vocab_size], the logits are written there."""
         logits = self.kernel(hidden)
-        return logits.float() if out is None else out.copy_(logits)
+        if self.options.part.tensor.size > 1:
+            logits = self._gathered(logits)
+        return logits.float().contiguous() if out is None else out.copy_(logits)
+
+    def _gathered(self, logits: Tensor) -> Tensor:
+        """The logits of all ranks, [M, vocab_size]. Shares that are shorter than the first are at the end, and so is what pads them."""
+        tensor = self.options.part.tensor
+        share = -(-self.shape[0] // tensor.size)
+        padded = F.pad(logits, (0, share - logits.shape[1])) if logits.shape[1] < share else logits
+        return tensor.all_gather(padded)[:, : self.shape[0]]
 
     def _take(self, value: StoredWeight) -> None:
         self._kernel = linear_kernel([value], None, self.options)
+
+
+def _vocabulary_part(vocab_size: int, options: LayerOptions) -> tuple[int, int]:
+    """The token ids [start, stop) of this rank. Raises ConfigError when it has none."""
+    tensor = options.part.tensor
+    start, stop = padded_part(vocab_size, tensor.rank, tensor.size)
+    if start == stop:
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor.size} is too much for the model's vocabulary of {vocab_size} tokens; choose less."
+        )
+    return start, stop
+
+
+def _vocabulary_shard(rows: tuple[int, int], vocab_size: int) -> Shard:
+    return WHOLE if rows == (0, vocab_size) else Shard(rows)
 
 
 def _smallest(value: Tensor, options: LayerOptions) -> Tensor:

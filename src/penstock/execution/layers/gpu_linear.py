@@ -6,6 +6,7 @@
     8-bit floats, scales per row    torch._scaled_mm above 16 tokens where the card has units, else weight-only (Float8Linear)
       scales per block              weight-only
 
+Layers that are computed together (options.grouped: experts) take the weight-only kernels, whose form the grouped product reads.
 Consecutive parts of one form become one weight, their codes side by side; parts of several forms are as many products.
 """
 
@@ -85,6 +86,8 @@ def _segment_kernel(
         return PlainLinear(weight, bias)
     if not can_pack(weight):
         return PlainLinear(float_copy(weight, options.dtype), bias)
+    if options.grouped:
+        return TritonLinear(pack(weight, options.device), bias)
     candidates: dict[str, Callable[[], LinearKernel]] = {"penstock": lambda: _triton_kernel(weight, bias, options)}
     if isinstance(weight, QuantizedTensor) and torch_int4_supports(weight, options.device, options.dtype):
         candidates["torch"] = lambda: TorchInt4Linear(weight, bias, options.device, options.dtype)

@@ -6,13 +6,17 @@
       QKVParallelLinear           query, key and value projections, split by heads
     RowParallelLinear           input features can be split; takes what a ColumnParallelLinear gives
 
+Each device, a rank of `options.part.tensor`, has its share of every weight. Slots give the whole tensor's shape and the rank's shard of it;
+`in_features` and `out_features` of a layer are those of the rank's share.
+
 Weights are [out_features, in_features] as in checkpoints, plain or quantised. How the product is computed is the business of a
 `LinearKernel`, which is made when the last tensor of a layer has come, and keeps the weight in the layout that it likes best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,13 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.core.errors import IntegrityError
-from penstock.execution.kernels.linear import MAX_SEGMENTS, NativeLinear, PackedWeight, pack_float, pack_quantized
-from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
+from penstock.execution.kernels.linear import NativeLinear
+from penstock.execution.kernels.quantized import StoredWeight
+from penstock.execution.layers.native_linear import joined, native_linear_kernel
 from penstock.execution.layers.options import LayerOptions
-from penstock.execution.layers.weight import Slot, Slots, as_float, float_copy
-
-# Input features that share a scale: a multiple of this.
-_SMALLEST_GROUP = 16
+from penstock.execution.layers.weight import Slot, Slots, as_float
+from penstock.execution.parallel.sharding import Shard, even_part, kv_head_part
 
 
 class LinearKernel(Protocol):
@@ -80,80 +83,14 @@ def linear_kernel(parts: Sequence[StoredWeight], bias: Tensor | None, options: L
     operators get all parts in the type of activations.
     """
     if options.native:
-        return _native_kernel(parts, bias, options)
+        return native_linear_kernel(parts, bias, options)
     if options.triton:
         from penstock.execution.layers.gpu_linear import gpu_linear_kernel
 
         return gpu_linear_kernel(parts, bias, options)
-    weight = _joined([as_float(part).to(options.device, options.dtype) for part in parts])
+    weight = joined([as_float(part).to(options.device, options.dtype) for part in parts])
     bias = None if bias is None else bias.to(options.device, options.dtype)
     return PackedLinear(weight, bias) if packing_pays(weight) else PlainLinear(weight, bias)
-
-
-def _native_kernel(parts: Sequence[StoredWeight], bias: Tensor | None, options: LayerOptions) -> NativeLinear:
-    segments = list(_segments([_computable(part, options) for part in parts]))
-    if len(segments) > MAX_SEGMENTS:
-        segments = [_joined([as_float(part).to(torch.float32) for part in segments])]
-    packed, start = [], 0
-    for segment in segments:
-        stop = start + segment.shape[0]
-        packed.append(_pack(segment, None if bias is None else bias[start:stop].to(torch.float32)))
-        start = stop
-    return NativeLinear(packed, bf16_arithmetic=options.bf16_arithmetic)
-
-
-def _pack(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> PackedWeight:
-    return pack_quantized(weight, bias) if isinstance(weight, QuantizedTensor) else pack_float(weight, bias)
-
-
-def _computable(part: StoredWeight, options: LayerOptions) -> Tensor | QuantizedTensor:
-    """The part as native kernels can compute with it; the same numbers, unless options ask for another float type."""
-    if isinstance(part, Tensor):
-        return part if options.weight_dtype is None else part.to(options.weight_dtype)
-    if not isinstance(part, QuantizedTensor):
-        # No native kernel computes with 8-bit floats or codebooks, and integers would round them again.
-        return float_copy(part, options.widened_dtype)
-    # Kernels have offsets with groups only, so that one offset per output feature is spread over groups, for which there must be a size.
-    rowwise = part.offsets is not None and part.group_size == part.shape[1]
-    return part.dequantize() if rowwise and part.shape[1] % _SMALLEST_GROUP else part
-
-
-def _segments(parts: Sequence[Tensor | QuantizedTensor]) -> Iterator[Tensor | QuantizedTensor]:
-    """The parts, with consecutive ones of one kind joined."""
-    start = 0
-    for stop in range(1, len(parts) + 1):
-        if stop == len(parts) or not _joinable(parts[start], parts[stop]):
-            run = parts[start:stop]
-            floats = [part for part in run if isinstance(part, Tensor)]
-            yield _joined(floats) if floats else _joined_quantized([p for p in run if isinstance(p, QuantizedTensor)])
-            start = stop
-
-
-def _joinable(one: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
-    if (one.bits, one.group_size, one.offsets is None) != (other.bits, other.group_size, other.offsets is None):
-        return False
-    if one.input_order is None or other.input_order is None:
-        return one.input_order is other.input_order
-    return torch.equal(one.input_order, other.input_order)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _joined_quantized(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    first = parts[0]
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return QuantizedTensor(
-        _joined([part.codes for part in parts]),
-        first.bits,
-        first.group_size,
-        _joined([part.scales for part in parts]),
-        _joined(offsets) if offsets else None,
-        first.input_order,
-    )
 
 
 def packing_pays(weight: Tensor) -> bool:
@@ -167,28 +104,44 @@ def packing_available() -> bool:
     return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Output features of one tensor of the checkpoint: how many it has, and which of them, [start, stop), this rank computes."""
+
+    total: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """For a Shard: None when they are all."""
+        return None if (self.start, self.stop) == (0, self.total) else (self.start, self.stop)
+
+
 class Linear(nn.Module):
     """y = x @ weight.T + bias, for x [T, in_features].
 
-    shards: the output features [start, end) of each tensor of the checkpoint, where several make up this layer. What has come is kept as
-    it is until the last one comes; then the kernel is made of all of them.
+    in_features: the whole weight's; columns: those of this rank, None for all of them. outputs: the output features of each tensor of the
+    checkpoint, in the order in which they lie side by side; under None where one tensor makes up the layer. What has come is kept as it is
+    until the last one comes; then the kernel is made of all of them.
     """
 
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        outputs: Mapping[str | None, Outputs],
         *,
         bias: bool,
         options: LayerOptions,
-        shards: dict[str, tuple[int, int]] | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features if columns is None else columns[1] - columns[0]
+        self.out_features = sum(output.stop - output.start for output in outputs.values())
         self.options = options
-        self._rows: dict[str | None, int] = {None: out_features}
-        if shards:
-            self._rows = {name: end - start for name, (start, end) in shards.items()}
+        self._whole_in_features = in_features
+        self._columns = columns
+        self._outputs = dict(outputs)
         self._names = ("weight", "bias") if bias else ("weight",)
         self._parts: dict[tuple[str, str | None], StoredWeight] = {}
         self._kernel: LinearKernel | None = None
@@ -207,15 +160,7 @@ class Linear(nn.Module):
 
     def slots(self) -> Slots:
         """The places for weights and biases, in the order of the outputs."""
-        return {
-            (name, shard): Slot(
-                (rows, self.in_features) if name == "weight" else (rows,),
-                "linear" if name == "weight" else "vector",
-                lambda value, key=(name, shard): self._take(key, value),  # type: ignore[misc]
-            )
-            for name in self._names
-            for shard, rows in self._rows.items()
-        }
+        return {(name, part): self._slot(name, part) for name in self._names for part in self._outputs}
 
     @property
     def native_weight(self) -> NativeLinear | None:
@@ -229,44 +174,95 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x)
 
+    def _slot(self, name: str, part: str | None) -> Slot:
+        output = self._outputs[part]
+        if name == "weight":
+            shape: tuple[int, ...] = (output.total, self._whole_in_features)
+            shard = Shard(output.rows, self._columns)
+        else:
+            shape, shard = (output.total,), Shard(output.rows)
+        return Slot(
+            shape, "linear" if name == "weight" else "vector", lambda value: self._take((name, part), value), shard
+        )
+
     def _take(self, key: tuple[str, str | None], value: StoredWeight) -> None:
         self._parts[key] = value
-        if len(self._parts) == len(self._names) * len(self._rows):
+        if len(self._parts) == len(self._names) * len(self._outputs):
             parts, self._parts = self._parts, {}
-            weights = [parts["weight", shard] for shard in self._rows]
-            biases = [as_float(parts["bias", shard]) for shard in self._rows] if "bias" in self._names else None
+            weights = [parts["weight", part] for part in self._outputs]
+            biases = [as_float(parts["bias", part]) for part in self._outputs] if "bias" in self._names else None
             del parts
-            self._kernel = linear_kernel(weights, None if biases is None else _joined(biases), self.options)
+            self._kernel = linear_kernel(weights, self._own_bias(biases), self.options)
+
+    def _own_bias(self, biases: Sequence[Tensor] | None) -> Tensor | None:
+        """What this rank adds to its product, of the biases of its outputs."""
+        return None if biases is None else joined(biases)
 
 
 class ReplicatedLinear(Linear):
     """The whole weight on every device."""
 
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, options: LayerOptions) -> None:
+        super().__init__(in_features, {None: Outputs(out_features, 0, out_features)}, bias=bias, options=options)
+
 
 class ColumnParallelLinear(Linear):
-    """Output features can be split over devices."""
+    """Every device has an even share of the output features; its output is that share."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, options: LayerOptions) -> None:
+        outputs: dict[str | None, Outputs] = {None: _even_outputs(out_features, "output features of a layer", options)}
+        super().__init__(in_features, outputs, bias=bias, options=options)
 
 
 class RowParallelLinear(Linear):
-    """Input features can be split over devices."""
+    """Every device has an even share of the input features, takes that share as its input, and gets the whole output: the sum over all
+    devices. The first one adds the bias."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, options: LayerOptions) -> None:
+        tensor = options.part.tensor
+        columns = None
+        if tensor.size > 1:
+            columns = even_part(in_features, tensor.rank, tensor.size, "input features of a layer")
+        outputs: dict[str | None, Outputs] = {None: Outputs(out_features, 0, out_features)}
+        super().__init__(in_features, outputs, bias=bias, options=options, columns=columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.options.part.tensor.all_reduce(self.kernel(x))
+
+    def _own_bias(self, biases: Sequence[Tensor] | None) -> Tensor | None:
+        return super()._own_bias(biases) if self.options.part.tensor.rank == 0 else None
 
 
-class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several layers with one input as one product. The output holds theirs side by side, in the order of `outputs`."""
+class MergedColumnParallelLinear(Linear):
+    """Several column-parallel layers with one input as one product. The output holds this device's share of each, side by side, in the
+    order of `outputs`, whose sizes are those of all devices together."""
 
     def __init__(self, in_features: int, outputs: dict[str, int], *, bias: bool, options: LayerOptions) -> None:
-        shards, end = {}, 0
-        for name, size in outputs.items():
-            shards[name] = (end, end + size)
-            end += size
-        super().__init__(in_features, end, bias=bias, options=options, shards=shards)
+        shares: dict[str | None, Outputs] = {
+            name: _even_outputs(size, f"output features of its {name} projections", options)
+            for name, size in outputs.items()
+        }
+        super().__init__(in_features, shares, bias=bias, options=options)
 
 
-class QKVParallelLinear(MergedColumnParallelLinear):
-    """Query, key and value projections. Output [T, (H + 2 * KVH) * D]: query heads, key heads, value heads."""
+class QKVParallelLinear(Linear):
+    """Query, key and value projections. Output [T, (H + 2 * KVH) * D]: query heads, key heads, value heads of this device. Devices that
+    outnumber the key and value heads have one each, the same as some neighbours."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool, options: LayerOptions
     ) -> None:
-        outputs = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
+        tensor = options.part.tensor
+        queries = even_part(num_heads, tensor.rank, tensor.size, "attention heads")
+        keys = kv_head_part(num_kv_heads, tensor.rank, tensor.size)
+        heads = {"q": (num_heads, queries), "k": (num_kv_heads, keys), "v": (num_kv_heads, keys)}
+        outputs: dict[str | None, Outputs] = {
+            name: Outputs(total * head_dim, start * head_dim, stop * head_dim)
+            for name, (total, (start, stop)) in heads.items()
+        }
         super().__init__(hidden_size, outputs, bias=bias, options=options)
+
+
+def _even_outputs(total: int, what: str, options: LayerOptions) -> Outputs:
+    tensor = options.part.tensor
+    return Outputs(total, *even_part(total, tensor.rank, tensor.size, what))

@@ -18,7 +18,8 @@ class LayerOptions:
     native: linear layers run on the native CPU kernels. triton: layers run on Triton kernels where there is one.
     weight_dtype: the type in which native layers keep float weights; None: as the checkpoint stores them, which loses
     nothing. widened_dtype: the type that native layers turn 8-bit floats and codebooks into. bf16_arithmetic: they may use the
-    processor's bfloat16 units. part: what of the model this process holds.
+    processor's bfloat16 units. part: what of the model this process holds. grouped: the layer is one of many alike, such as experts, that
+    are computed together, so that on a GPU all of them keep their weights in the form that the grouped product reads.
     """
 
     dtype: torch.dtype
@@ -30,3 +31,4 @@ class LayerOptions:
     widened_dtype: torch.dtype = torch.float32
     bf16_arithmetic: bool = False
     part: ModelPart = WHOLE_MODEL
+    grouped: bool = False

@@ -15,8 +15,8 @@ from penstock.execution.layers.options import LayerOptions
 from penstock.execution.parallel.sharding import WHOLE, Shard
 
 # What a tensor is for, which decides how it may be rounded: the weight of a linear layer, that of the output head (also when it is the
-# embedding's table too), a table that is only looked up in, or a norm or bias.
-SlotRole = Literal["linear", "head", "table", "vector"]
+# embedding's table too), a table that is only looked up in, what chooses a token's experts, or a norm or bias.
+SlotRole = Literal["linear", "head", "table", "router", "vector"]
 
 # Numbers that are float32 for a moment while a weight is converted.
 _CONVERTED_AT_ONCE = 1 << 20

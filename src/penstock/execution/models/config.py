@@ -13,13 +13,28 @@ from penstock.execution.models.fields import Fields
 from penstock.execution.models.quantization_config import read_quantization
 from penstock.execution.quantization.registry import CheckpointQuantization
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 # What transformers assumes when a config.json leaves these out.
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_SLIDING_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+_DEFAULT_SLIDING_WINDOW = {"mistral": 4096, "mixtral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The mixtures of experts of a model, which stand in place of the feed-forward blocks of some layers.
+
+    count: experts of a layer. per_token: how many of them a token goes to. intermediate_size: of one expert. renormalize: the weights of a
+    token's experts add up to one; otherwise they are the shares that a softmax over all experts gave them. layers: which ones, ascending.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    renormalize: bool
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +48,7 @@ class ModelConfig:
     attention_bias, mlp_bias: the flags of config.json; each architecture says which layers they concern.
     dtype: the type in which the checkpoint says it is stored, quantised weights excepted.
     quantization: how they are quantised; None in plain checkpoints.
+    intermediate_size: of the feed-forward blocks that are no mixtures of experts. experts: those that are; None in dense models.
     """
 
     model_type: str
@@ -54,12 +70,22 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     quantization: CheckpointQuantization | None = None
+    experts: ExpertsConfig | None = None
 
     @property
     def sliding_window(self) -> int | None:
         """The window if every layer has the same one, else None: some layer then sees the whole context."""
         first = self.sliding_windows[0]
         return first if all(window == first for window in self.sliding_windows) else None
+
+    @property
+    def feed_forward_width(self) -> int:
+        """As many numbers as a token has in the widest feed-forward block, inside and, with experts, in copies of what goes in and out."""
+        if self.experts is None:
+            return self.intermediate_size
+        mixture = self.experts.per_token * (self.experts.intermediate_size + self.hidden_size)
+        dense = self.intermediate_size if len(self.experts.layers) < self.num_layers else 0
+        return max(mixture, dense)
 
     @property
     def max_model_len(self) -> int:
@@ -105,6 +131,7 @@ class ModelConfig:
             eos_token_ids=_eos_token_ids(folder, fields),
             dtype=_dtype(fields),
             quantization=read_quantization(folder, fields),
+            experts=_experts(fields, model_type, num_layers),
         )
 
 
@@ -160,14 +187,17 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
 
 
 def _sliding_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    """Mistral: one window for all layers. Qwen: off unless `use_sliding_window`, and then layer by layer. Llama: none."""
+    """Mistral, Mixtral: one window for all layers, Mixtral only if the file has one. Qwen: off unless `use_sliding_window`, and then layer
+    by layer, but for mixtures of experts, where all layers have it. Llama: none."""
     full: tuple[int | None, ...] = (None,) * num_layers
+    if model_type == "mixtral" and not fields.present("sliding_window"):
+        return full
     if model_type not in _DEFAULT_SLIDING_WINDOW or fields.explicit_null("sliding_window"):
         return full
-    if model_type != "mistral" and not fields.boolean("use_sliding_window", False):
+    if model_type.startswith("qwen") and not fields.boolean("use_sliding_window", False):
         return full
     window = fields.integer("sliding_window", _DEFAULT_SLIDING_WINDOW[model_type])
-    if model_type == "mistral":
+    if model_type in ("mistral", "mixtral", "qwen3_moe"):
         return (window,) * num_layers
     layer_types = fields.strings("layer_types")
     if not layer_types:
@@ -179,6 +209,48 @@ def _sliding_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[
         if layer_type not in ("full_attention", "sliding_attention"):
             fields.fail("layer_types", f"{layer_type!r} is not supported; supported: full_attention, sliding_attention")
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+
+
+def _experts(fields: Fields, model_type: str, num_layers: int) -> ExpertsConfig | None:
+    """Mixtral: every layer, expert weights add up to one. Qwen: every `decoder_sparse_step`-th layer but for `mlp_only_layers`."""
+    if model_type == "mixtral":
+        return _checked_experts(
+            fields,
+            count=fields.integer("num_local_experts", 8),
+            per_token=fields.integer("num_experts_per_tok", 2),
+            intermediate_size=fields.integer("intermediate_size"),
+            renormalize=True,
+            layers=tuple(range(num_layers)),
+        )
+    if model_type != "qwen3_moe":
+        return None
+    dense = fields.integers("mlp_only_layers", "the number of a layer")
+    if beyond := [layer for layer in dense if layer >= num_layers]:
+        fields.fail("mlp_only_layers", f"names layer {beyond[0]}, but there are {num_layers}")
+    step = fields.integer("decoder_sparse_step", 1)
+    # Newer files say num_local_experts.
+    count_name = "num_experts" if fields.present("num_experts") else "num_local_experts"
+    return _checked_experts(
+        fields,
+        count=fields.integer(count_name, 128),
+        per_token=fields.integer("num_experts_per_tok", 8),
+        intermediate_size=fields.integer("moe_intermediate_size", 768),
+        renormalize=fields.boolean("norm_topk_prob", False),
+        layers=tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
+    )
+
+
+def _checked_experts(
+    fields: Fields, *, count: int, per_token: int, intermediate_size: int, renormalize: bool, layers: tuple[int, ...]
+) -> ExpertsConfig | None:
+    """None when no layer has experts."""
+    if per_token > count:
+        fields.fail("num_experts_per_tok", f"a token cannot go to {per_token} of {count} experts")
+    if not layers:
+        return None
+    return ExpertsConfig(
+        count=count, per_token=per_token, intermediate_size=intermediate_size, renormalize=renormalize, layers=layers
+    )
 
 
 def _eos_token_ids(folder: Path, fields: Fields) -> tuple[int, ...]:

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from penstock.core.errors import ConfigError, IntegrityError
 from penstock.execution.layers.embedding import LMHead, VocabEmbedding
 from penstock.execution.layers.linear import Linear
+from penstock.execution.layers.moe import MixtureOfExperts
 from penstock.execution.layers.norm import RMSNorm
 from penstock.execution.layers.options import LayerOptions
+from penstock.execution.layers.partial import PartialModuleList
 from penstock.execution.layers.rotary import RotaryEmbedding, Rotation
 from penstock.execution.models.config import ModelConfig
+from penstock.execution.parallel.groups import TensorParallel
 
 if TYPE_CHECKING:
     from penstock.execution.models.native_decoder import NativeDecoder
@@ -40,7 +44,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm; of these, what `options.part.stage` has.
+
+    The last stage of several holds the embedding's table where the output head is tied to it. Raises ConfigError when there are fewer
+    layers than stages.
+    """
 
     def __init__(
         self,
@@ -49,27 +57,43 @@ class Decoder(nn.Module):
         options: LayerOptions,
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, options)
-        self.layers = nn.ModuleList(make_layer(config, index, options) for index in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
+        stage = options.part.stage
+        if stage.count > config.num_layers:
+            raise ConfigError(
+                f"--pipeline-parallel-size {stage.count} is more than the model's {config.num_layers} layers; choose less."
+            )
+        self.stage = stage
+        self.embed_tokens: VocabEmbedding | None = None
+        if stage.is_first or (stage.is_last and config.tie_word_embeddings):
+            self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, options, lookups=stage.is_first)
+        self.layers = PartialModuleList(
+            config.num_layers, stage.layers(config.num_layers), lambda index: make_layer(config, index, options)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options) if stage.is_last else None
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, options.dtype, options.device)
         self.native: NativeDecoder | None = None
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        residual: Tensor = self.embed_tokens(input_ids)
+    def forward(self, input_ids: Tensor, positions: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            if self.embed_tokens is None or not self.embed_tokens.lookups:
+                raise IntegrityError("a stage that is not the first was run without the residual of the one before")
+            residual = self.embed_tokens(input_ids)
         if self.native is not None:
             return self.native(residual, positions)
         rotation, delta = Rotation(self.rotary, positions), None
-        for layer in self.layers:
+        for layer in self.layers.values():
             delta = layer(residual, delta, rotation)
-        hidden: Tensor = self.norm(residual, delta)
-        return hidden
+        if self.norm is not None:
+            hidden: Tensor = self.norm(residual, delta)
+            return hidden
+        return residual if delta is None else residual.add_(delta)
 
-    def run_natively(self, config: ModelConfig) -> None:
+    def run_natively(self, config: ModelConfig, tensor: TensorParallel) -> None:
         """Run all layers as one native call from now on, if their weights and attention are native."""
         from penstock.execution.models.native_decoder import native_decoder
 
-        self.native = native_decoder(config, list(self.layers), self.norm.weight.data, self.rotary)
+        norm = None if self.norm is None else self.norm.weight.data
+        self.native = native_decoder(config, list(self.layers.values()), norm, self.rotary, tensor)
 
 
 class CausalLM(nn.Module):
@@ -100,21 +124,37 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.part = options.part
         self.model = Decoder(config, make_layer, options)
-        self.lm_head = LMHead(
-            config.vocab_size,
-            config.hidden_size,
-            options,
-            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
-        )
+        self.lm_head: LMHead | None = None
+        if self.part.stage.is_last:
+            tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
+            self.lm_head = LMHead(config.vocab_size, config.hidden_size, options, tied_to=tied_to)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids and positions int64 [T] → hidden states [T, hidden_size]. Needs a forward context."""
-        hidden: Tensor = self.model(input_ids, positions)
+    @property
+    def absent_modules(self) -> frozenset[str]:
+        """Names of modules that the whole model has and another pipeline stage holds; for layers see PartialModuleList."""
+        present = {
+            "model.embed_tokens": self.model.embed_tokens,
+            "model.norm": self.model.norm,
+            "lm_head": self.lm_head,
+        }
+        return frozenset(name for name, module in present.items() if module is None)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Token ids and positions int64 [T] → hidden states [T, hidden_size]. Needs a forward context.
+
+        In a pipeline, the first stage takes `input_ids`, every other one the `residual` [T, hidden_size] in the type of activations that
+        the stage before returned, which is overwritten. The last stage returns normalised hidden states, every other one its residual.
+        """
+        hidden: Tensor = self.model(input_ids, positions, residual)
         return hidden
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hidden states [M, hidden_size] → logits float32 [M, vocab_size], in `out` if that is given."""
+        """Hidden states [M, hidden_size] → logits float32 [M, vocab_size], in `out` if that is given. In the last stage only; every rank
+        of it gets all logits, the same bits."""
+        if self.lm_head is None:
+            raise IntegrityError("logits were asked of a pipeline stage that is not the last")
         logits: Tensor = self.lm_head(hidden, out)
         return logits
 
@@ -126,11 +166,14 @@ class CausalLM(nn.Module):
     def finish_loading(self) -> None:
         """Called when all weights have come. Raises IntegrityError when a layer has none."""
         self.weight_bytes()
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.finish_loading()
         if self.native_layers:
-            self.model.run_natively(self.config)
+            self.model.run_natively(self.config, self.part.tensor)
 
     def weight_bytes(self) -> int:
-        """Memory of all weights in the layouts that they have now."""
+        """Memory of all weights of this process in the layouts that they have now."""
         small = sum(module.weight.nbytes for module in self.modules() if isinstance(module, RMSNorm))
-        linear = sum(module.nbytes for module in self.modules() if isinstance(module, Linear))
-        return small + linear + self.model.embed_tokens.nbytes + self.lm_head.nbytes
+        large = (module for module in self.modules() if isinstance(module, (Linear, VocabEmbedding, LMHead)))
+        return small + sum(module.nbytes for module in large)

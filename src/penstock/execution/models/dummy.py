@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from penstock.execution.parallel.sharding import WHOLE, Shard
+
 # Random numbers are slow to draw, so one buffer is drawn and copied on and on. Its length is a prime: no two rows of a weight are equal.
 _BUFFER_LENGTH = 1_000_003
 _STD = 0.02
+# Numbers of which columns are taken at a time.
+_CUT_AT_ONCE = 1 << 20
 
 
 class DummySource:
@@ -46,16 +50,29 @@ class DummySource:
     def where(self, name: str) -> str:
         return f"random numbers of seed {self._seed}: tensor {name!r}"
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, shard: Shard = WHOLE) -> Tensor:
+        """The numbers that the shard has in the whole tensor."""
         shape = self._shapes[name]
-        return torch.ones(shape, dtype=self._dtype) if _is_norm(name) else self.read_rows(name, 0, shape[0])
+        if _is_norm(name):
+            return torch.ones(shard.shape(shape), dtype=self._dtype)
+        start, stop = shard.rows or (0, shape[0])
+        columns = None if len(shape) < 2 else shard.columns
+        if columns is None:
+            return self.read_rows(name, start, stop)
+        part = torch.empty(shard.shape(shape), dtype=self._dtype)
+        step = max(1, _CUT_AT_ONCE // max(1, math.prod(shape[1:])))
+        for row in range(start, stop, step):
+            end = min(stop, row + step)
+            part[row - start : end - start] = self.read_rows(name, row, end, columns)
+        return part
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor that is no norm."""
+    def read_rows(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor that is no norm, and of them the columns [start, stop); None: all."""
         row_shape = self._shapes[name][1:]
         row = math.prod(row_shape)
         numbers = self._numbers(self._starts[name] + start * row, (stop - start) * row)
-        return numbers.view(stop - start, *row_shape)
+        rows = numbers.view(stop - start, *row_shape)
+        return rows if columns is None else rows[:, columns[0] : columns[1]]
 
     def _numbers(self, start: int, count: int) -> Tensor:
         """Numbers [start, start + count) of the endlessly repeated buffer."""

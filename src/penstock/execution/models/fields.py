@@ -108,13 +108,13 @@ class Fields:
             self.fail(name, "must be an object of strings")
         return value
 
-    def integers(self, name: str) -> tuple[int, ...]:
-        """One token id or a list of them; empty when absent."""
+    def integers(self, name: str, what: str = "a token id") -> tuple[int, ...]:
+        """One number from 0 on or a list of them; empty when absent. what: such a number is, for messages."""
         value = self._value(name, [])
         items = value if isinstance(value, list) else [value]
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-                self.fail(name, f"must be a token id or a list of them, not {value!r}")
+                self.fail(name, f"must be {what} or a list of them, not {value!r}")
         return tuple(items)
 
     def _value(self, name: str, default: Any) -> Any:

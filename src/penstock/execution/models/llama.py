@@ -11,6 +11,7 @@ from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.rotary import Rotation
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.decoder import CausalLM, DecoderLayer
+from penstock.execution.parallel.sharding import local_heads
 
 
 class LlamaAttention(nn.Module):
@@ -20,16 +21,18 @@ class LlamaAttention(nn.Module):
         self, config: ModelConfig, layer_index: int, *, qkv_bias: bool, o_bias: bool, options: LayerOptions
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, bias=qkv_bias, options=options
+            config.hidden_size, config.num_heads, config.num_kv_heads, self.head_dim, bias=qkv_bias, options=options
         )
         self.o_proj = RowParallelLinear(
-            self.num_heads * self.head_dim, config.hidden_size, bias=o_bias, options=options
+            config.num_heads * self.head_dim, config.hidden_size, bias=o_bias, options=options
         )
+        tensor = options.part.tensor
+        _, num_kv_heads = local_heads(config.num_heads, config.num_kv_heads, tensor.rank, tensor.size)
         self.attn = Attention(
-            layer_index,
-            self.num_kv_heads,
+            options.part.stage.local_layer(layer_index, config.num_layers),
+            num_kv_heads,
             self.head_dim,
             sliding_window=config.sliding_windows[layer_index],
             options=options,

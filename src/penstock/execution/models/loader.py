@@ -3,6 +3,10 @@
 Every tensor of the source has exactly one place and every place gets exactly one tensor; anything else is an error that names the tensor
 and the file, before anything is read. A layer has no memory for its weight before the first of its tensors comes, and when the last one
 has come it keeps them in the layout of its kernel; so memory holds the finished layers, and the tensors of the one at hand.
+
+A process that holds a part of the model reads that part of each tensor, and of tensors that it has no place for nothing. Its numbers are
+those that the whole model has there, also when weights are rounded on the way: one scale for a whole row is found from the whole row, so
+that --quantization int8 and fp8 read all of the weights that are split along their rows.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,8 @@ from penstock.execution.layers.weight import Slot, SlotRole, Weight, WeightHolde
 from penstock.execution.models.decoder import CausalLM
 from penstock.execution.models.precision import PrecisionCensus
 from penstock.execution.models.source import RowSource, WeightSource
+from penstock.execution.parallel.sharding import Shard
+from penstock.execution.quantization.part import cut_weight
 from penstock.execution.quantization.rounding import WeightRounding
 
 # Tensors of old checkpoints that hold nothing which config.json does not say.
@@ -62,30 +68,38 @@ class LoadOptions:
     progress: bool = False
 
 
-def load_weights(model: CausalLM, source: WeightSource, options: LoadOptions) -> PrecisionCensus:
-    """Fill all layers of `model`. Returns what they were filled with. Raises ModelFormatError and ConfigError."""
+def load_weights(
+    model: CausalLM, source: WeightSource, options: LoadOptions, whole: CausalLM | None = None
+) -> PrecisionCensus:
+    """Fill all layers of `model`. Returns what they were filled with. Raises ModelFormatError and ConfigError.
+
+    whole: the whole model where `model` is a part of it; it is not filled, and says what tensors there are and what they are for.
+    """
     slots = model_slots(model)
-    places = _assign_places(model, source, slots)
+    whole_slots = slots if whole is None else model_slots(whole)
+    places = {name: place for name, place in _assign_places(model, source, whole_slots).items() if place in slots}
     census = PrecisionCensus(options.widened)
     holders = _holders(model)
+    roles = {name.removesuffix(".weight"): slot.role for (name, _), slot in whole_slots.items()}
     for module_name, weight in options.packed.items():
         holders[module_name].take_native(weight)
-        role = next(iter(holders[module_name].slots().values())).role
         for segment in weight.segments:
-            census.add_packed(role, segment)
+            census.add_packed(roles[module_name], segment)
     names = [name for name in places if places[name][0].rpartition(".")[0] not in options.packed]
     # The largest go first: while they are in memory twice, nothing else is there.
     names.sort(key=lambda name: slots[places[name]].role not in ("head", "table"))
-    total, read = sum(source.nbytes(name) for name in names), 0
+    sizes = {name: _bytes_to_read(source, name, slots[places[name]]) for name in names}
+    total, read = sum(sizes.values()), 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not options.progress) as bar:
         for name in names:
-            slot = slots[places[name]]
+            # A table that is the output head's as well is rounded like it, also where the head is in another process.
+            slot = replace(slots[places[name]], role=whole_slots[places[name]].role)
             value = _read(source, name, slot, options)
             census.add(slot.role, value)
             slot.fill(value)
             del value
-            read += source.nbytes(name)
-            bar.update(source.nbytes(name))
+            read += sizes[name]
+            bar.update(sizes[name])
             if read >= _READ_BETWEEN_TRIMS:
                 trim_memory()
                 read = 0
@@ -123,7 +137,7 @@ def packed_weights_fit(model: CausalLM, weights: Mapping[str, NativeLinear]) -> 
     holders = _holders(model)
     for name, weight in weights.items():
         slots = holders[name].slots() if name in holders else {}
-        shapes = [slot.shape for slot in slots.values() if len(slot.shape) == 2]
+        shapes = [slot.shard.shape(slot.shape) for slot in slots.values() if len(slot.shape) == 2]
         if not shapes or (sum(rows for rows, _ in shapes), shapes[0][1]) != (weight.out_features, weight.in_features):
             return False
     return True
@@ -143,30 +157,47 @@ def _read(source: WeightSource, name: str, slot: Slot, options: LoadOptions) -> 
     scheme = None if options.rounding is None else options.rounding.schemes.get(slot.role)
     if options.rounding is not None and scheme is not None:
         try:
-            return _rounded(source, name, slot.shape, scheme, options.rounding.setting)
+            return _rounded(source, name, slot, scheme, options.rounding.setting)
         except ValueError as error:
             raise ModelFormatError(f"{source.where(name)}: {error}.") from error
-    value = source.read(name)
+    value = source.read(name, slot.shard)
     return as_float(value) if options.dequantize else value
 
 
-def _rounded(
-    source: WeightSource, name: str, shape: tuple[int, ...], scheme: WeightRounding, setting: str
+def _rounded(source: WeightSource, name: str, slot: Slot, scheme: WeightRounding, setting: str) -> StoredWeight:
+    rows, width = slot.shard.rows or (0, slot.shape[0]), slot.shape[1]
+    columns = slot.shard.columns or (0, width)
+    part_scheme = scheme.of_part(width, columns)
+    if part_scheme is None:
+        value = _rounded_rows(source, name, Shard(rows), width, scheme, setting)
+        return cut_weight(value, (0, rows[1] - rows[0]), columns, source.where(name))
+    return _rounded_rows(source, name, Shard(rows, slot.shard.columns), columns[1] - columns[0], part_scheme, setting)
+
+
+def _rounded_rows(
+    source: WeightSource, name: str, shard: Shard, width: int, scheme: WeightRounding, setting: str
 ) -> CompactWeight:
-    rows, columns = shape
-    rounded = scheme.begin(rows, columns)
+    """The shard, whose rows are given and `width` numbers long."""
+    first, last = shard.rows or (0, 0)
+    rounded = scheme.begin(last - first, width)
     if isinstance(source, RowSource):
-        step = max(1, _ROUNDED_AT_ONCE // columns)
-        for start in range(0, rows, step):
-            rounded.put(start, source.read_rows(name, start, min(rows, start + step)))
+        step = max(1, _ROUNDED_AT_ONCE // width)
+        for start in range(first, last, step):
+            rounded.put(start - first, source.read_rows(name, start, min(last, start + step), shard.columns))
         return rounded.tensor()
-    value = source.read(name)
+    value = source.read(name, shard)
     if not isinstance(value, Tensor):
         raise ConfigError(
             f"{setting} rounds plain weights, but {source.where(name)} is quantised already; drop {setting}."
         )
     rounded.put(0, value)
     return rounded.tensor()
+
+
+def _bytes_to_read(source: WeightSource, name: str, slot: Slot) -> int:
+    """About what this process reads of a tensor."""
+    share = math.prod(slot.shard.shape(slot.shape)), max(1, math.prod(slot.shape))
+    return source.nbytes(name) * share[0] // share[1]
 
 
 def _assign_places(model: CausalLM, source: WeightSource, slots: Mapping[_Place, Slot]) -> dict[str, _Place]:

@@ -8,6 +8,7 @@ layers are of that kind with `CausalLM.native_layers`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +19,61 @@ from penstock.execution.attention.native_paged import NativePagedAttention, cach
 from penstock.execution.kernels.attention import KV_KINDS, KVCacheStruct
 from penstock.execution.kernels.decoder import DecoderHandle, DecoderLayerWeights, StepStruct
 from penstock.execution.kernels.linear import NativeLinear
+from penstock.execution.kernels.moe import NativeExperts
+from penstock.execution.kernels.rank_sum import RankSum, callback_sum
+from penstock.execution.layers.moe import MixtureOfExperts
 from penstock.execution.layers.rotary import RotaryEmbedding
 from penstock.execution.models.config import ModelConfig
+from penstock.execution.parallel.groups import TensorParallel
+from penstock.execution.parallel.sharding import local_heads
+
+
+@runtime_checkable
+class NativelySumming(Protocol):
+    """Collectives whose sum C++ can call by itself."""
+
+    def rank_sum(self) -> RankSum: ...
 
 
 class NativeDecoder:
-    """The layers and the final norm of one model."""
+    """The layers of one model, or of one stage of it, and the final norm where that is in this process."""
 
     def __init__(
-        self, config: ModelConfig, layers: Sequence[DecoderLayerWeights], norm: Tensor, rotary: RotaryEmbedding
+        self,
+        config: ModelConfig,
+        layers: Sequence[DecoderLayerWeights],
+        norm: Tensor | None,
+        rotary: RotaryEmbedding,
+        tensor: TensorParallel,
     ) -> None:
         self._rotary = rotary
+        self._has_norm = norm is not None
+        num_heads, num_kv_heads = local_heads(config.num_heads, config.num_kv_heads, tensor.rank, tensor.size)
         self._handle = DecoderHandle(
             layers,
             norm,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=max((_inner_size(layer) for layer in layers), default=0),
             norm_eps=config.rms_norm_eps,
+            rank_sum=_rank_sum(tensor),
         )
         self._step = StepStruct()
         self._kv_caches: list[KVCache] | None = None
         self._cache_structs: object = None
 
     def __call__(self, residual: Tensor, positions: Tensor) -> Tensor:
-        """Embeddings float32 [T, hidden_size], which are overwritten, and positions int64 [T] → normalised hidden states, the same
-        shape. Inside a forward context."""
+        """Embeddings float32 [T, hidden_size], or the residual of the stage before, which are overwritten, and positions int64 [T] →
+        normalised hidden states, the same shape; without a norm, the residual. Inside a forward context."""
         context = get_forward_context()
         attention = context.attention
         if self._kv_caches is not context.kv_caches:
             self._take_caches(context.kv_caches)
         table = self._rotary.table(attention.max_seq_len)
-        hidden = torch.empty_like(residual)
+        residual = residual.contiguous()
+        hidden = torch.empty_like(residual) if self._has_norm else residual
         step = self._step
         step.num_tokens = len(residual)
         step.residual = residual.data_ptr()
@@ -78,30 +100,42 @@ class NativeDecoder:
 
 
 def native_decoder(
-    config: ModelConfig, layers: Sequence[nn.Module], norm: Tensor, rotary: RotaryEmbedding
+    config: ModelConfig,
+    layers: Sequence[nn.Module],
+    norm: Tensor | None,
+    rotary: RotaryEmbedding,
+    tensor: TensorParallel,
 ) -> NativeDecoder | None:
     """A native decoder for these layers; None when a product or the attention is not native. The layers have DecoderLayer's parts."""
     weights = [_layer_weights(layer) for layer in layers]
     known = [layer for layer in weights if layer is not None]
-    return NativeDecoder(config, known, norm, rotary) if len(known) == len(weights) else None
+    return NativeDecoder(config, known, norm, rotary, tensor) if len(known) == len(weights) else None
+
+
+def _inner_size(layer: DecoderLayerWeights) -> int:
+    """Of a dense block; 0 for a mixture of experts."""
+    down = layer.feed_forward[1]
+    return down.in_features if isinstance(down, NativeLinear) else 0
+
+
+def _rank_sum(tensor: TensorParallel) -> RankSum | None:
+    collectives = tensor.collectives
+    if collectives is None:
+        return None
+    if isinstance(collectives, NativelySumming):
+        return collectives.rank_sum()
+    return callback_sum(tensor.rank, collectives.all_reduce)
 
 
 def _layer_weights(layer: nn.Module) -> DecoderLayerWeights | None:
-    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-    kernels = [
-        getattr(module, "kernel", None)
-        for module in (
-            attention.get_submodule("qkv_proj"),
-            attention.get_submodule("o_proj"),
-            mlp.get_submodule("gate_up_proj"),
-            mlp.get_submodule("down_proj"),
-        )
-    ]
-    native = [kernel for kernel in kernels if isinstance(kernel, NativeLinear)]
+    attention = layer.get_submodule("self_attn")
+    projections = _native_kernels(attention, "qkv_proj", "o_proj")
+    feed_forward = _feed_forward(layer.get_submodule("mlp" if hasattr(layer, "mlp") else "block_sparse_moe"))
     paged_attention = attention.get_submodule("attn")
-    if len(native) < len(kernels) or not isinstance(getattr(paged_attention, "backend", None), NativePagedAttention):
+    native_attention = isinstance(getattr(paged_attention, "backend", None), NativePagedAttention)
+    if projections is None or feed_forward is None or not native_attention:
         return None
-    qkv, o, gate_up, down = native
+    qkv, o = projections
     return DecoderLayerWeights(
         input_norm=_norm_weight(layer, "input_layernorm"),
         post_attention_norm=_norm_weight(layer, "post_attention_layernorm"),
@@ -109,10 +143,23 @@ def _layer_weights(layer: nn.Module) -> DecoderLayerWeights | None:
         k_norm=_norm_weight(attention, "k_norm") if hasattr(attention, "k_norm") else None,
         qkv=qkv,
         o=o,
-        gate_up=gate_up,
-        down=down,
+        feed_forward=feed_forward,
         sliding_window=getattr(paged_attention, "sliding_window", None),
     )
+
+
+def _feed_forward(block: nn.Module) -> tuple[NativeLinear, NativeLinear] | tuple[NativeLinear, NativeExperts] | None:
+    """What stands behind the attention; None when it is not native."""
+    if not isinstance(block, MixtureOfExperts):
+        return _native_kernels(block, "gate_up_proj", "down_proj")
+    router, experts = block.gate.native_weight, block.kernel
+    return None if router is None or not isinstance(experts, NativeExperts) else (router, experts)
+
+
+def _native_kernels(parent: nn.Module, first: str, second: str) -> tuple[NativeLinear, NativeLinear] | None:
+    """The kernels of two linear layers; None when one is not native."""
+    one, other = (getattr(parent.get_submodule(name), "kernel", None) for name in (first, second))
+    return (one, other) if isinstance(one, NativeLinear) and isinstance(other, NativeLinear) else None
 
 
 def _norm_weight(parent: nn.Module, name: str) -> Tensor:

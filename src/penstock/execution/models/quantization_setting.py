@@ -58,5 +58,16 @@ def weight_rounding(config: EngineConfig, model: ModelConfig, device: torch.devi
     return None
 
 
+def precision_key(config: EngineConfig, model: ModelConfig, *, gguf: bool) -> str:
+    """What --quantization makes of a checkpoint's weights, for a hash: 'stored' when they stay as they are. The same for every part of a
+    model, unlike what a process finds that it has loaded. gguf: the weights are in that format, of which config.json says nothing."""
+    if config.quantization == "int4":
+        return f"int4 group {config.quantization_group_size}"
+    if config.quantization == "int8" or (config.quantization == "fp8" and not _is_fp8(model)):
+        return config.quantization
+    may_be_quantized = gguf or model.quantization is not None
+    return "floats" if config.quantization == "none" and may_be_quantized else "stored"
+
+
 def _is_fp8(model: ModelConfig) -> bool:
     return model.quantization is not None and model.quantization.codes == "fp8"

@@ -12,6 +12,7 @@ from penstock.execution.layers.options import LayerOptions
 from penstock.execution.layers.rotary import Rotation
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.decoder import CausalLM, DecoderLayer
+from penstock.execution.parallel.sharding import local_heads
 
 
 class Qwen3Attention(nn.Module):
@@ -19,17 +20,21 @@ class Qwen3Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_index: int, options: LayerOptions) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim = config.head_dim
         bias = config.attention_bias
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, bias=bias, options=options
+            config.hidden_size, config.num_heads, config.num_kv_heads, self.head_dim, bias=bias, options=options
         )
-        self.o_proj = RowParallelLinear(self.num_heads * self.head_dim, config.hidden_size, bias=bias, options=options)
+        self.o_proj = RowParallelLinear(
+            config.num_heads * self.head_dim, config.hidden_size, bias=bias, options=options
+        )
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, options)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, options)
+        tensor = options.part.tensor
+        _, num_kv_heads = local_heads(config.num_heads, config.num_kv_heads, tensor.rank, tensor.size)
         self.attn = Attention(
-            layer_index,
-            self.num_kv_heads,
+            options.part.stage.local_layer(layer_index, config.num_layers),
+            num_kv_heads,
             self.head_dim,
             sliding_window=config.sliding_windows[layer_index],
             options=options,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,24 @@ from penstock.execution.models.loader import (
     native_weights,
     packed_weights_fit,
 )
-from penstock.execution.models.quantization_setting import check_quantization, weight_rounding
-from penstock.execution.models.source import WeightSource, checkpoint_files, open_source
+from penstock.execution.models.quantization_setting import check_quantization, precision_key, weight_rounding
+from penstock.execution.models.source import GGUF_FILE, WeightSource, checkpoint_files, open_source
 from penstock.execution.parallel.groups import WHOLE_MODEL, ModelPart
+from penstock.execution.parallel.sharding import local_heads
 from penstock.execution.quantization.weight_cache import PendingCache, WeightCache, content_key, default_folder
 
 logger = logging.getLogger(__name__)
+
+_HOST = torch.device("cpu")
 
 # model_type → "module:class"; imported when a checkpoint asks for it.
 ARCHITECTURES = {
     "llama": "penstock.execution.models.llama:LlamaForCausalLM",
     "mistral": "penstock.execution.models.mistral:MistralForCausalLM",
+    "mixtral": "penstock.execution.models.mixtral:MixtralForCausalLM",
     "qwen2": "penstock.execution.models.qwen2:Qwen2ForCausalLM",
     "qwen3": "penstock.execution.models.qwen3:Qwen3ForCausalLM",
+    "qwen3_moe": "penstock.execution.models.qwen3_moe:Qwen3MoeForCausalLM",
 }
 
 
@@ -57,9 +62,11 @@ class LoadedModel:
     activation_dtype: the type of hidden states, and of keys and values on their way to the cache.
     weight_dtype: the type in which weights that are not quantised are kept.
     quantization: in which precision weights are, such as 'int4 group 32, head int8'; 'none' when all are floats.
-    model_hash: sha256 over config.json, the names and sizes of the weight files and `quantization`; with dummy weights 'dummy', the seed
-    and such a hash.
+    model_hash: sha256 over config.json, the names and sizes of the weight files and what --quantization makes of them; with dummy weights
+    'dummy', the seed and such a hash.
     num_parameters: as in the checkpoint, tied weights counted once. weight_bytes: what they take in memory.
+    part: what of the model this is. num_layers: how many layers that has. model_hash, num_parameters and config are the whole model's,
+    cache_spec, quantization and weight_bytes are the part's.
     pending_cache: packed weights that are worth keeping on disk; None when there is nothing to write. Call its
     `write_in_background` after the start.
     """
@@ -74,6 +81,8 @@ class LoadedModel:
     model_hash: str
     num_parameters: int
     weight_bytes: int
+    part: ModelPart
+    num_layers: int
     pending_cache: PendingCache | None = None
 
 
@@ -88,8 +97,8 @@ def load_model(
     """Build the model in `folder` and load its weights, computing in `dtype` on `device`; of all that only `part`.
 
     `config` gives load_format, attention_backend, seed and everything about quantisation. `progress` shows a bar on stderr. Raises
-    ModelFormatError when the folder cannot be used and ConfigError when --quantization does not fit it. Takes no more memory than the
-    finished weights and one layer.
+    ModelFormatError when the folder cannot be used and ConfigError when --quantization does not fit it or the model cannot be divided as
+    `part` says. Takes no more memory than the finished weights and one layer.
 
     With native CPU kernels activations are float32 whatever `dtype` is; bfloat16 then means that float weights are kept in it and that
     products may use the processor's bfloat16 units. --quantization int4 rounds the output head to 8 bits, which costs little time and
@@ -100,12 +109,9 @@ def load_model(
     accelerated = options.triton or device.type != "cpu"
     check_quantization(config, model_config, folder, accelerated=accelerated)
     model = build_model(model_config, options)
-    dummy = config.load_format == "dummy"
-    files = [] if dummy else checkpoint_files(folder)
-    if dummy:
-        source: WeightSource = DummySource(checkpoint_shapes(model), model_config.dtype, config.seed)
-    else:
-        source = open_source(folder, model_config.quantization)
+    # Not for computing: it says what tensors there are, and gets none.
+    whole = model if _is_whole(part) else build_model(model_config, replace(options, part=WHOLE_MODEL, device=_HOST))
+    files, source = _weights(config, model_config, folder, whole)
     cache = _weight_cache(config, model_config, options, folder, files)
     packed = {} if cache is None else cache.read(options.bf16_arithmetic)
     if not packed_weights_fit(model, packed):
@@ -118,10 +124,9 @@ def load_model(
         packed=packed,
         progress=progress,
     )
-    census = load_weights(model, source, load_options)
+    census = load_weights(model, source, load_options, whole)
     model.finish_loading()
-    quantization = census.text(None if options.native or options.triton else _name(options.dtype))
-    model_hash = _hash_files(folder, files, quantization)
+    gguf = any(file.name == GGUF_FILE for file in files)
     return LoadedModel(
         model=model,
         config=model_config,
@@ -129,10 +134,13 @@ def load_model(
         cache_spec=spec,
         activation_dtype=options.dtype,
         weight_dtype=(options.weight_dtype or model_config.dtype) if options.native else options.dtype,
-        quantization=quantization,
-        model_hash=f"dummy-{config.seed}-{model_hash}" if dummy else model_hash,
-        num_parameters=count_parameters(model),
+        quantization=census.text(None if options.native or options.triton else _name(options.dtype)),
+        model_hash=(f"dummy-{config.seed}-" if config.load_format == "dummy" else "")
+        + _hash_files(folder, files, precision_key(config, model_config, gguf=gguf)),
+        num_parameters=count_parameters(whole),
         weight_bytes=model.weight_bytes(),
+        part=part,
+        num_layers=len(part.stage.layers(model_config.num_layers)),
         pending_cache=None if cache is None or packed else cache.pending(native_weights(model)),
     )
 
@@ -155,6 +163,7 @@ def _layer_options(
     """How layers are built, and what a KV cache of one of them holds."""
     native = device.type == "cpu" and native_available() and config.attention_backend != "triton"
     activation_dtype = torch.float32 if native else dtype
+    num_heads, num_kv_heads = local_heads(model.num_heads, model.num_kv_heads, part.tensor.rank, part.tensor.size)
     wide_keys: bool = _architecture(model).wide_keys and not native
 
     def spec_for(arithmetic: torch.dtype) -> KVCacheSpec:
@@ -162,7 +171,7 @@ def _layer_options(
             config.kv_cache_dtype,
             arithmetic,
             block_size=config.block_size,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=model.head_dim,
             wide_keys=wide_keys,
         )
@@ -172,7 +181,7 @@ def _layer_options(
         device,
         spec=spec_for(dtype),
         arithmetic=activation_dtype,
-        num_heads=model.num_heads,
+        num_heads=num_heads,
         graphs=not config.enforce_eager,
     )
     # Native attention converts from any type; torch's computes in the cache's type, so that keys and values must have it.
@@ -200,6 +209,15 @@ def _layer_options(
     return options, spec
 
 
+def _weights(
+    config: EngineConfig, model: ModelConfig, folder: Path, whole: CausalLM
+) -> tuple[list[Path], WeightSource]:
+    """The files that hold the weights of the `whole` model, and what reads them; no files with dummy weights."""
+    if config.load_format == "dummy":
+        return [], DummySource(checkpoint_shapes(whole), model.dtype, config.seed)
+    return checkpoint_files(folder), open_source(folder, model.quantization)
+
+
 def _weight_cache(
     config: EngineConfig, model: ModelConfig, options: LayerOptions, folder: Path, files: list[Path]
 ) -> WeightCache | None:
@@ -211,22 +229,29 @@ def _weight_cache(
         return None
     if model.quantization is not None and model.quantization.codes != "integers":
         return None
-    settings = {
+    settings: dict[str, Any] = {
         "quantization": config.quantization,
         "group_size": config.quantization_group_size if config.quantization == "int4" else None,
         "weight_dtype": str(options.weight_dtype),
         "dummy_seed": config.seed if config.load_format == "dummy" else None,
     }
+    if not _is_whole(options.part):
+        tensor, stage = options.part.tensor, options.part.stage
+        settings["part"] = [tensor.rank, tensor.size, stage.index, stage.count]
     return WeightCache(default_folder(), content_key(folder / "config.json", files, settings))
+
+
+def _is_whole(part: ModelPart) -> bool:
+    return part.tensor.size == 1 and part.stage.count == 1
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _hash_files(folder: Path, files: list[Path], quantization: str) -> str:
+def _hash_files(folder: Path, files: list[Path], precision: str) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(files):
         digest.update(f"\0{file.name}\0{file.stat().st_size}".encode())
-    digest.update(f"\0{quantization}".encode())
+    digest.update(f"\0{precision}".encode())
     return digest.hexdigest()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
+from penstock.execution.parallel.shard_reading import read_pieces
+from penstock.execution.parallel.sharding import WHOLE, Shard
 
 # The types of plain weights, and those that quantised checkpoints keep codes, indices and scales in.
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -72,25 +74,24 @@ def read_header(file: Path, *, codes: bool = False) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_tensor(info: TensorInfo, rows: slice | None = None) -> Tensor:
-    """The tensor, or the `rows` [start:stop] of it, in memory of its own: nothing stays mapped, so that file pages never count as ours.
+def read_tensor(info: TensorInfo, shard: Shard = WHOLE) -> Tensor:
+    """The tensor, or a part of it, in memory of its own: nothing stays mapped, so that file pages never count as ours.
 
     Raises ModelFormatError when the file has become shorter since its header was read.
     """
-    shape, begin = info.shape, info.data_start + info.begin
-    if rows is not None:
-        start, stop, _ = rows.indices(shape[0])
-        begin += start * (info.nbytes // max(1, shape[0]))
-        shape = (stop - start, *shape[1:])
-    tensor = torch.empty(shape, dtype=info.dtype)
-    target = tensor.view(-1).view(torch.uint8).numpy().data
+    tensor = torch.empty(shard.shape(info.shape) if info.shape else (), dtype=info.dtype)
+    row = info.nbytes // max(1, info.shape[0]) if info.shape else info.nbytes
+    begin = info.data_start + info.begin + (0 if shard.rows is None else shard.rows[0] * row)
+    columns = None if len(info.shape) < 2 else shard.columns
+    if columns is None:
+        target = tensor.view(-1).unsqueeze(0)
+    else:
+        target, begin = tensor, begin + columns[0] * (row // max(1, info.shape[1]))
     with info.file.open("rb", buffering=0) as stream:
-        stream.seek(begin)
-        while target:
-            count = stream.readinto(target)
-            if not count:
-                raise ModelFormatError(f"{info.file} became shorter while it was read; get it again.")
-            target = target[count:]
+        try:
+            read_pieces(stream.fileno(), target, begin, row)
+        except EOFError as error:
+            raise ModelFormatError(f"{info.file} became shorter while it was read; get it again.") from error
     return tensor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,8 @@ from penstock.core.errors import ModelFormatError
 from penstock.execution.kernels.quantized import StoredWeight
 from penstock.execution.models.fields import Fields
 from penstock.execution.models.safetensors_file import TensorInfo, read_header, read_tensor
+from penstock.execution.parallel.sharding import WHOLE, Shard
+from penstock.execution.quantization.part import read_part
 from penstock.execution.quantization.registry import (
     CheckpointFormat,
     CheckpointQuantization,
@@ -46,8 +49,12 @@ class WeightSource(Protocol):
         """'FILE: tensor NAME', for error messages."""
         ...
 
-    def read(self, name: str) -> StoredWeight:
-        """A float tensor as it is stored (float32, float16 or bfloat16), or the canonical form of one in fewer bits."""
+    def read(self, name: str, shard: Shard = WHOLE) -> StoredWeight:
+        """A float tensor as it is stored (float32, float16 or bfloat16), or the canonical form of one in fewer bits.
+
+        Of a shard, of which as little besides is read as the format allows, the numbers are those of the whole tensor; they are float32
+        where no canonical form holds just them.
+        """
         ...
 
 
@@ -55,8 +62,8 @@ class WeightSource(Protocol):
 class RowSource(Protocol):
     """A WeightSource that can give a part of a tensor, so that a large one is never in memory as a whole."""
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a float tensor, as it is stored."""
+    def read_rows(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows [start, stop) of a float tensor, as it is stored, and of them the columns [start, stop); None: all."""
         ...
 
 
@@ -111,11 +118,15 @@ class SafetensorsSource:
     def where(self, name: str) -> str:
         return f"{self._tensors[name].file}: tensor {name!r}"
 
-    def read(self, name: str) -> Tensor:
-        return _at_most_float32(read_tensor(self._tensors[name]))
+    def read(self, name: str, shard: Shard = WHOLE) -> Tensor:
+        return self.read_as(name, self._tensors[name].shape, shard)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return _at_most_float32(read_tensor(self._tensors[name], slice(start, stop)))
+    def read_as(self, name: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+        """The shard of the tensor, seen as one of `shape` with as many numbers."""
+        return _at_most_float32(read_tensor(replace(self._tensors[name], shape=shape), shard))
+
+    def read_rows(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Tensor:
+        return self.read(name, Shard((start, stop), columns))
 
 
 def _at_most_float32(tensor: Tensor) -> Tensor:
@@ -153,6 +164,9 @@ class _ModuleParts:
 
     def read(self, part: str) -> Tensor:
         return self._source.read(self._name(part))
+
+    def read_piece(self, part: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+        return self._source.read_as(self._name(part), shape, shard)
 
     def _name(self, part: str) -> str:
         if part not in self.names:
@@ -192,11 +206,14 @@ class QuantizedSource:
             return self._source.where(name)
         return self._source.where(next(iter(self._parts[name].names.values())))
 
-    def read(self, name: str) -> StoredWeight:
+    def read(self, name: str, shard: Shard = WHOLE) -> StoredWeight:
         if name not in self._parts:
-            return self._source.read(name)
+            return self._source.read(name, shard)
+        parts, layout = self._parts[name], self._layouts[name]
         try:
-            return self._format.decode(self._parts[name], self._layouts[name])
+            if shard != WHOLE:
+                return read_part(self._format, parts, layout, shard, self.where(name))
+            return self._format.decode(parts, layout)
         except ModelFormatError as error:
             raise ModelFormatError(f"{self.where(name)}: {error}") from error
 

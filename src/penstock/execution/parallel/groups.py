@@ -73,6 +73,10 @@ class PipelineStage:
         start = sum(sizes[: self.index])
         return range(start, start + sizes[self.index])
 
+    def local_layer(self, layer: int, num_layers: int) -> int:
+        """The place of a layer among those of this stage, where its KV cache is."""
+        return layer - self.layers(num_layers).start
+
 
 @dataclass(frozen=True)
 class ModelPart:

@@ -52,3 +52,10 @@ def kv_head_part(num_kv_heads: int, rank: int, ranks: int) -> tuple[int, int]:
         )
     head = rank // (ranks // num_kv_heads)
     return head, head + 1
+
+
+def local_heads(num_heads: int, num_kv_heads: int, rank: int, ranks: int) -> tuple[int, int]:
+    """How many query heads, and how many key and value heads, a rank has. Raises ConfigError when they cannot be divided."""
+    first, last = even_part(num_heads, rank, ranks, "attention heads")
+    first_kv, last_kv = kv_head_part(num_kv_heads, rank, ranks)
+    return last - first, last_kv - first_kv

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from penstock.execution.kernels.quantized import QuantizedTensor
 from penstock.execution.quantization.packing import quantized_tensor, unpack_columns
-from penstock.execution.quantization.registry import Parts, WeightLayout, check_shape, checked_layout
+from penstock.execution.quantization.registry import (
+    Axis,
+    Cuts,
+    Parts,
+    WeightLayout,
+    check_shape,
+    checked_layout,
+    group_axis,
+)
 
 _BITS = 4
 _PER_INTEGER = 8
@@ -34,6 +42,11 @@ class AWQFormat:
         check_shape(parts, "qweight", (columns, rows // _PER_INTEGER))
         check_shape(parts, "qzeros", (groups, packed_rows))
         return checked_layout(packed_rows * _PER_INTEGER, columns, _BITS, groups)
+
+    def cuts(self, parts: Parts, layout: WeightLayout) -> Cuts:
+        """See CheckpointFormat."""
+        groups, packed = group_axis(layout), Axis("rows", _PER_INTEGER)
+        return {"qweight": (Axis("columns"), packed), "qzeros": (groups, packed), "scales": (groups, Axis("rows"))}
 
     def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor:
         """See CheckpointFormat."""

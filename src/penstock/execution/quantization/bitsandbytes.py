@@ -28,7 +28,14 @@ from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
 from penstock.execution.kernels.quantized import CodebookTensor, QuantizedTensor
-from penstock.execution.quantization.registry import Parts, WeightLayout, check_shape, checked_layout
+from penstock.execution.quantization.registry import (
+    Axis,
+    Cuts,
+    Parts,
+    WeightLayout,
+    check_shape,
+    checked_layout,
+)
 
 _STATES = {
     "weight.quant_state.bitsandbytes__nf4": "nf4",
@@ -69,6 +76,21 @@ class BitsAndBytesFormat:
         # A block may go on in the next row; the numbers of a group are then the part of it that no row divides.
         return checked_layout(rows, columns, 4, columns // math.gcd(columns, state.block_size))
 
+    def cuts(self, parts: Parts, layout: WeightLayout) -> Cuts | None:
+        """See CheckpointFormat. Numbers that share a scale stay together, and so do those of one stored element, which may be 4 bytes."""
+        if "SCB" in parts:
+            return {"weight": (Axis("rows"), Axis("columns")), "SCB": (Axis("rows"),)}
+        state = _read_state(parts)
+        per = 2 * parts.dtype("weight").itemsize
+        if layout.columns % per:
+            # Rows do not begin with elements.
+            return None
+        together = math.lcm(per, layout.group_size) // per
+        return {
+            "weight": (Axis("rows"), Axis("columns", per, together)),
+            "weight.absmax": (Axis("numbers", state.block_size),),
+        }
+
     def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor | CodebookTensor:
         """See CheckpointFormat."""
         if "SCB" in parts:
@@ -79,8 +101,11 @@ class BitsAndBytesFormat:
         packed = parts.read("weight").contiguous().view(torch.uint8).flatten()
         codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: layout.rows * layout.columns]
         groups = layout.columns // layout.group_size
-        starts = torch.arange(layout.rows * groups) * layout.group_size
-        scales = _block_scales(parts, state)[starts // state.block_size]
+        row_length = layout.whole_columns or layout.columns
+        first_block = layout.start[0] * row_length // state.block_size
+        rows = (layout.start[0] + torch.arange(layout.rows)) * row_length
+        starts = rows.unsqueeze(1) + layout.start[1] + torch.arange(groups) * layout.group_size
+        scales = _block_scales(parts, state, first_block)[starts.flatten() // state.block_size - first_block]
         return CodebookTensor(
             codes.view(layout.rows, layout.columns),
             _floats(parts, "weight.quant_map"),
@@ -143,14 +168,15 @@ def _size(part: str, name: str, value: Any) -> int:
     return value
 
 
-def _block_scales(parts: Parts, state: _State) -> Tensor:
-    """float32 [blocks], rounded in every step as bitsandbytes does."""
+def _block_scales(parts: Parts, state: _State, first: int) -> Tensor:
+    """float32 [blocks], of the blocks from number `first` on, rounded in every step as bitsandbytes does."""
     if state.nested_block_size is None:
         return _floats(parts, "weight.absmax")
     codes = parts.read("weight.absmax")
     if codes.dtype != torch.uint8:
         raise ModelFormatError(f"weight.absmax has the type {codes.dtype}; with nested_absmax it must be uint8.")
-    nested = _floats(parts, "weight.nested_absmax").repeat_interleave(state.nested_block_size)[: len(codes)]
+    blocks = torch.arange(first, first + len(codes))
+    nested = _floats(parts, "weight.nested_absmax")[blocks // state.nested_block_size]
     return _floats(parts, "weight.nested_quant_map")[codes.to(torch.int64)] * nested + state.nested_offset
 
 

@@ -14,14 +14,25 @@ For a weight of N output and K input features, b bits, in groups of G (G = K: on
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
 from penstock.execution.kernels.quantized import Float8Tensor, QuantizedTensor
-from penstock.execution.quantization.fp8 import float8_layout, read_float8
+from penstock.execution.quantization.fp8 import float8_cuts, float8_layout, read_float8
 from penstock.execution.quantization.packing import quantized_tensor, unpack_columns
-from penstock.execution.quantization.registry import Parts, WeightLayout, check_shape, checked_layout
+from penstock.execution.quantization.registry import (
+    Axis,
+    Cuts,
+    Parts,
+    WeightLayout,
+    check_shape,
+    checked_layout,
+    group_axis,
+    in_order,
+)
 
 
 class CompressedTensorsFormat:
@@ -63,6 +74,27 @@ class CompressedTensorsFormat:
             check_shape(parts, "weight_g_idx", (columns,))
         return checked_layout(rows, columns, bits, _groups(parts, rows))
 
+    def cuts(self, parts: Parts, layout: WeightLayout) -> Cuts:
+        """See CheckpointFormat. Scattered groups cannot be cut along input features."""
+        if _is_float8(parts):
+            return float8_cuts(parts, "weight_scale", layout)
+        group_index = _group_index(parts)
+        ordered = group_index is None or in_order(group_index, layout)
+        per, groups = 32 // layout.bits, group_axis(layout) if ordered else None
+        columns = 1 if ordered else layout.columns
+        cuts: dict[str, tuple[Axis | None, ...] | None] = {
+            "weight": (Axis("rows"), Axis("columns", 1, columns)),
+            "weight_packed": (Axis("rows"), Axis("columns", per, -(-columns // per))),
+        }
+        if ordered:
+            cuts["weight_g_idx"] = None
+        for part in ("weight_scale", "weight_zero_point"):
+            if part in parts and math.prod(parts.shape(part)) > 1:
+                packed = part == "weight_zero_point" and parts.dtype(part) == torch.int32
+                axes = (Axis("rows", per if packed else 1), groups)
+                cuts[part] = axes[: len(parts.shape(part))]
+        return cuts
+
     def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor | Float8Tensor:
         """See CheckpointFormat."""
         if _is_float8(parts):
@@ -74,10 +106,7 @@ class CompressedTensorsFormat:
         )
         scales = parts.read("weight_scale").reshape(-1, groups).expand(layout.rows, groups)
         zeros = _zeros(parts, layout) if "weight_zero_point" in parts else None
-        group_index = parts.read("weight_g_idx") if "weight_g_idx" in parts else None
-        if group_index is not None and bool((group_index == -1).all()):
-            group_index = None
-        return quantized_tensor(codes, layout, scales, zeros, group_index)
+        return quantized_tensor(codes, layout, scales, zeros, _group_index(parts))
 
 
 def _is_float8(parts: Parts) -> bool:
@@ -92,6 +121,14 @@ def _groups(parts: Parts, rows: int) -> int:
     if shape in ((), (1,), (1, 1), (rows,)):
         return 1
     raise ModelFormatError(f"weight_scale has shape {list(shape)} where [{rows}, groups] is needed.")
+
+
+def _group_index(parts: Parts) -> Tensor | None:
+    """The group of each input feature; None when they are in order."""
+    if "weight_g_idx" not in parts:
+        return None
+    group_index = parts.read("weight_g_idx")
+    return None if bool((group_index == -1).all()) else group_index
 
 
 def _zeros(parts: Parts, layout: WeightLayout) -> Tensor:

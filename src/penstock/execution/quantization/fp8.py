@@ -19,7 +19,7 @@ from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
 from penstock.execution.kernels.quantized import Float8Tensor
-from penstock.execution.quantization.registry import Parts, WeightLayout
+from penstock.execution.quantization.registry import Axis, Cuts, Parts, WeightLayout, group_axis
 
 LARGEST_E4M3 = 448.0
 
@@ -44,6 +44,10 @@ class Float8Format:
         """See CheckpointFormat."""
         return float8_layout(parts, _scale_part(parts), self._block)
 
+    def cuts(self, parts: Parts, layout: WeightLayout) -> Cuts:
+        """See CheckpointFormat."""
+        return float8_cuts(parts, _scale_part(parts), layout)
+
     def decode(self, parts: Parts, layout: WeightLayout) -> Float8Tensor:
         """See CheckpointFormat."""
         return read_float8(parts, _scale_part(parts), layout)
@@ -66,6 +70,16 @@ def float8_layout(parts: Parts, scale_part: str, block: tuple[int, int] | None) 
             f"blocks of {row_block} x {group_size} are not supported; supported are multiples of {_BLOCK_MULTIPLE}."
         )
     return WeightLayout(rows, columns, 8, group_size, row_block)
+
+
+def float8_cuts(parts: Parts, scale_part: str, layout: WeightLayout) -> Cuts:
+    """How the parts of a layout from `float8_layout` can be cut; see CheckpointFormat."""
+    cuts: dict[str, tuple[Axis | None, ...] | None] = {"weight": (Axis("rows"), Axis("columns"))}
+    shape = parts.shape(scale_part)
+    if math.prod(shape) > 1:
+        rows = Axis("rows", layout.row_block) if layout.row_block < layout.rows else None
+        cuts[scale_part] = (rows, group_axis(layout))[: len(shape)]
+    return cuts
 
 
 def read_float8(parts: Parts, scale_part: str, layout: WeightLayout) -> Float8Tensor:
@@ -94,6 +108,10 @@ class Float8Rounding:
     def begin(self, rows: int, columns: int) -> RoundedFloat8:
         """See WeightRounding."""
         return RoundedFloat8(rows, columns, self.device)
+
+    def of_part(self, columns: int, part: tuple[int, int]) -> Float8Rounding | None:
+        """See WeightRounding."""
+        return self if part == (0, columns) else None
 
 
 class RoundedFloat8:

@@ -15,15 +15,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
 from penstock.core.gguf import GGUFFile, GGUFTensor, part_paths, read_gguf_parts
-from penstock.execution.kernels.quantized import QuantizedTensor
+from penstock.execution.kernels.quantized import QuantizedTensor, StoredWeight
+from penstock.execution.parallel.shard_reading import read_pieces
+from penstock.execution.parallel.sharding import WHOLE, Shard
 from penstock.execution.quantization.gguf_blocks import BLOCK_FORMATS, BlockFormat
+from penstock.execution.quantization.part import cut_weight
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -95,64 +97,99 @@ class GGUFSource:
         entry = self._entries[name]
         return f"{entry.file.path}: tensor {entry.tensor.name}"
 
-    def read(self, name: str) -> Tensor | QuantizedTensor:
+    def read(self, name: str, shard: Shard = WHOLE) -> StoredWeight:
         """The tensor as stored (float32, float16 or bfloat16), or its codes and scales: the very weights of the file in both cases.
 
-        Raises ModelFormatError when the file cannot be read or is shorter than it was.
+        A shard is read from the first to the last block that has something of it, and by whole heads where those are interleaved. Raises
+        ModelFormatError when the file cannot be read or is shorter than it was.
         """
         entry = self._entries[name]
         block_format = BLOCK_FORMATS.get(entry.tensor.type.name)
         try:
             with entry.file.path.open("rb", buffering=0) as file:
-                file.seek(entry.tensor.offset)
                 if block_format is None:
-                    return self._read_floats(name, file, entry)
-                return self._read_blocks(name, file, entry, block_format)
+                    return _read_floats(file.fileno(), entry, shard)
+                rows, columns = shard.rows or (0, entry.tensor.shape[0]), shard.columns or (0, entry.tensor.shape[1])
+                region = _Region.around(entry, rows, columns)
+                value = _read_blocks(file.fileno(), entry, block_format, region)
+        except EOFError as error:
+            message = f"{self.where(name)} ends too early; the file became shorter while it was read."
+            raise ModelFormatError(message) from error
         except OSError as error:
             raise ModelFormatError(f"{self.where(name)} cannot be read: {error.strerror or error}.") from error
+        (first_row, _), (first_column, _) = region.rows, region.columns
+        return cut_weight(
+            value,
+            (rows[0] - first_row, rows[1] - first_row),
+            (columns[0] - first_column, columns[1] - first_column),
+            self.where(name),
+        )
 
-    def _read_floats(self, name: str, file: BinaryIO, entry: _Entry) -> Tensor:
-        tensor = entry.tensor
-        data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        self._fill(name, file, data)
-        values = data.view(FLOAT_TYPES[tensor.type.name]).view(tensor.shape)
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Rows [start, stop) and columns [start, stop) of a tensor, of whole blocks and, where they are interleaved, whole heads. unit: rows
+    that stay in one piece."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    unit: int
+
+    @classmethod
+    def around(cls, entry: _Entry, rows: tuple[int, int], columns: tuple[int, int]) -> _Region:
+        """The smallest one that has these rows and columns."""
+        unit = entry.tensor.shape[0] // entry.interleaved_heads if entry.interleaved_heads else 1
+        values = entry.tensor.type.block_values
+        return cls(_widened(rows, unit), _widened(columns, values), unit)
+
+
+def _read_floats(descriptor: int, entry: _Entry, shard: Shard) -> Tensor:
+    shape, dtype = entry.tensor.shape, FLOAT_TYPES[entry.tensor.type.name]
+    rows = shard.rows or (0, shape[0])
+    columns = (0, shape[1]) if len(shape) > 1 else (0, 1)
+    if len(shape) > 1 and shard.columns is not None:
+        columns = shard.columns
+    region = _Region.around(entry, rows, columns)
+    values = torch.empty(region.rows[1] - region.rows[0], columns[1] - columns[0], dtype=dtype)
+    stride = entry.tensor.nbytes // shape[0]
+    begin = entry.tensor.offset + region.rows[0] * stride + columns[0] * dtype.itemsize
+    read_pieces(descriptor, values, begin, stride)
+    if entry.interleaved_heads:
+        values = _undo_interleaving(values, len(values) // region.unit)
+    values = values[rows[0] - region.rows[0] : rows[1] - region.rows[0]]
+    return values if len(shape) > 1 else values.flatten()
+
+
+def _read_blocks(descriptor: int, entry: _Entry, block_format: BlockFormat, region: _Region) -> QuantizedTensor:
+    first, last = region.rows
+    rows, columns = last - first, region.columns[1] - region.columns[0]
+    kind, stride = entry.tensor.type, entry.tensor.nbytes // entry.tensor.shape[0]
+    row_bytes = columns // kind.block_values * kind.block_bytes
+    begin = entry.tensor.offset + region.columns[0] // kind.block_values * kind.block_bytes
+    # Units stay in one piece, where their order is put right while they are smallest.
+    step = min(rows, max(1, _PIECE_BYTES // (row_bytes * region.unit)) * region.unit)
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    groups = (rows, columns // block_format.group_size)
+    scales = torch.empty(groups, dtype=torch.float32)
+    offsets: Tensor | None = None
+    buffer = torch.empty(step, row_bytes, dtype=torch.uint8)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        piece = buffer[: end - start]
+        read_pieces(descriptor, piece, begin + (first + start) * stride, stride)
         if entry.interleaved_heads:
-            values = _undo_interleaving(values, entry.interleaved_heads)
-        return values
+            piece = _undo_interleaving(piece, len(piece) // region.unit)
+        decoded = block_format.decode(piece.view(-1, kind.block_bytes))
+        codes[start:end] = decoded[0].view(-1, columns)
+        scales[start:end] = decoded[1].view(-1, groups[1])
+        if decoded[2] is not None:
+            offsets = torch.empty(groups, dtype=torch.float32) if offsets is None else offsets
+            offsets[start:end] = decoded[2].view(-1, groups[1])
+    return QuantizedTensor(codes, block_format.bits, block_format.group_size, scales, offsets)
 
-    def _read_blocks(self, name: str, file: BinaryIO, entry: _Entry, block_format: BlockFormat) -> QuantizedTensor:
-        rows, columns = entry.tensor.shape
-        row_bytes = entry.tensor.nbytes // rows
-        # A head's rows stay in one piece, where their order is put right while they are smallest.
-        unit = rows // entry.interleaved_heads if entry.interleaved_heads else 1
-        step = min(rows, max(1, _PIECE_BYTES // (row_bytes * unit)) * unit)
-        codes = torch.empty(rows, columns, dtype=torch.uint8)
-        groups = (rows, columns // block_format.group_size)
-        scales = torch.empty(groups, dtype=torch.float32)
-        offsets: Tensor | None = None
-        buffer = torch.empty(step, row_bytes, dtype=torch.uint8)
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            piece = buffer[: end - start]
-            self._fill(name, file, piece.view(-1))
-            if entry.interleaved_heads:
-                piece = _undo_interleaving(piece, len(piece) // unit)
-            decoded = block_format.decode(piece.view(-1, entry.tensor.type.block_bytes))
-            codes[start:end] = decoded[0].view(-1, columns)
-            scales[start:end] = decoded[1].view(-1, groups[1])
-            if decoded[2] is not None:
-                offsets = torch.empty(groups, dtype=torch.float32) if offsets is None else offsets
-                offsets[start:end] = decoded[2].view(-1, groups[1])
-        return QuantizedTensor(codes, block_format.bits, block_format.group_size, scales, offsets)
 
-    def _fill(self, name: str, file: BinaryIO, target: Tensor) -> None:
-        """Read exactly as many bytes as `target`, uint8 [n], holds."""
-        view = target.numpy().data
-        while view:
-            count = file.readinto(view)  # type: ignore[attr-defined]
-            if not count:
-                raise ModelFormatError(f"{self.where(name)} ends too early; the file became shorter while it was read.")
-            view = view[count:]
+def _widened(span: tuple[int, int], unit: int) -> tuple[int, int]:
+    return span[0] // unit * unit, -(-span[1] // unit) * unit
 
 
 def _entries(part: GGUFFile, first: GGUFFile) -> list[tuple[str, _Entry]]:

@@ -15,7 +15,16 @@ import torch
 from penstock.core.errors import ModelFormatError
 from penstock.execution.kernels.quantized import QuantizedTensor
 from penstock.execution.quantization.packing import quantized_tensor, unpack_columns
-from penstock.execution.quantization.registry import Parts, WeightLayout, check_shape, checked_layout
+from penstock.execution.quantization.registry import (
+    Axis,
+    Cuts,
+    Parts,
+    WeightLayout,
+    check_shape,
+    checked_layout,
+    group_axis,
+    in_order,
+)
 
 
 class GPTQFormat:
@@ -45,6 +54,20 @@ class GPTQFormat:
         if "g_idx" in parts:
             check_shape(parts, "g_idx", (columns,))
         return checked_layout(rows, columns, bits, groups)
+
+    def cuts(self, parts: Parts, layout: WeightLayout) -> Cuts:
+        """See CheckpointFormat. Scattered groups cannot be cut along input features."""
+        per, rows = 32 // layout.bits, Axis("rows")
+        if "g_idx" in parts and not in_order(parts.read("g_idx"), layout):
+            whole = Axis("columns", per, layout.columns // per)
+            return {"qweight": (whole, rows), "qzeros": (None, Axis("rows", per)), "scales": (None, rows)}
+        groups = group_axis(layout)
+        return {
+            "qweight": (Axis("columns", per), rows),
+            "qzeros": (groups, Axis("rows", per)),
+            "scales": (groups, rows),
+            "g_idx": None,
+        }
 
     def decode(self, parts: Parts, layout: WeightLayout) -> QuantizedTensor:
         """See CheckpointFormat."""

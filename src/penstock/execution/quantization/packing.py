@@ -12,10 +12,11 @@ from penstock.execution.quantization.registry import WeightLayout
 
 def unpack_columns(packed: Tensor, bits: int) -> Tensor:
     """int32 [R, C] → uint8 [R, C * 32 / bits]; of each integer the lowest bits come first. `bits` is 4 or 8."""
-    packed_bytes = packed.contiguous().view(torch.uint8)
+    rows, columns = len(packed), 4 * packed.shape[1]
+    # One-dimensional first: of a matrix with one column torch takes any stride for contiguous, and then does not view it as bytes.
+    packed_bytes = packed.reshape(-1).view(torch.uint8).view(rows, columns)
     if bits == 8:
         return packed_bytes
-    rows, columns = packed_bytes.shape
     codes = torch.empty(rows, columns, 2, dtype=torch.uint8)
     torch.bitwise_and(packed_bytes, 15, out=codes[:, :, 0])
     torch.bitwise_right_shift(packed_bytes, 4, out=codes[:, :, 1])

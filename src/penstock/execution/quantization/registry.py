@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import ModelFormatError
-from penstock.execution.kernels.quantized import CompactWeight
+from penstock.execution.kernels.quantized import SMALLEST_GROUP, CompactWeight
+from penstock.execution.parallel.sharding import Shard
 
 QuantizationMethod = Literal["awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes"]
 QUANTIZATION_METHODS: tuple[str, ...] = get_args(QuantizationMethod)
-
-# Input features that share a scale come in multiples of this; see QuantizedTensor.
-_GROUP_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,8 @@ class CheckpointQuantization:
 
 
 class Parts(Protocol):
-    """The tensors of a checkpoint that make up one quantised weight, by the end of their names, such as 'qweight' or 'weight.absmax'."""
+    """The tensors of a checkpoint that make up one quantised weight, or pieces of them, by the end of their names, such as 'qweight' or
+    'weight.absmax'."""
 
     def __contains__(self, part: str) -> bool: ...
 
@@ -56,11 +55,21 @@ class Parts(Protocol):
         ...
 
 
+class CuttableParts(Parts, Protocol):
+    """Tensors of which pieces can be read."""
+
+    def read_piece(self, part: str, shape: tuple[int, ...], shard: Shard) -> Tensor:
+        """The shard of the part, seen as a tensor of `shape`, in the type that it is stored in. Raises ModelFormatError when the checkpoint
+        has no such tensor for this weight."""
+        ...
+
+
 @dataclass(frozen=True)
 class WeightLayout:
     """The size of one quantised weight: N output features, K input features, `group_size` of them to a scale (K: one scale a row).
 
-    row_block: output features that share a scale; always 1 but for 8-bit floats.
+    row_block: output features that share a scale; always 1 but for 8-bit floats. start: the output and the input feature with which it
+    begins, where it is a part of a weight, and whole_columns that weight's input features; None: it is no part.
     """
 
     rows: int
@@ -68,6 +77,26 @@ class WeightLayout:
     bits: int
     group_size: int
     row_block: int = 1
+    start: tuple[int, int] = (0, 0)
+    whole_columns: int | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What one dimension of a stored part runs along: the output features of the weight ('rows'), its input features ('columns'), or all
+    its numbers, row after row. per: how many of them one element stands for. multiple: pieces begin and end at multiples of this many
+    elements. Along 'numbers', pieces have all elements with something of their rows, also at their ends.
+    """
+
+    along: Literal["rows", "columns", "numbers"]
+    per: int = 1
+    multiple: int = 1
+
+
+# What to read of each part for a part of the weight. A tuple has an axis for each dimension, None where it is the same for all features; a
+# part that is stored in another shape is read as if it had these dimensions. Parts that are not there are read whole. None instead of a
+# tuple: the part says nothing that the part of the weight needs.
+Cuts = Mapping[str, tuple[Axis | None, ...] | None]
 
 
 class CheckpointFormat(Protocol):
@@ -86,8 +115,13 @@ class CheckpointFormat(Protocol):
         """From the shapes of the parts. Raises ModelFormatError when they contradict each other or cannot be computed with."""
         ...
 
+    def cuts(self, parts: Parts, layout: WeightLayout) -> Cuts | None:
+        """How the parts can be cut, so that `decode` makes of the pieces what they are of the weight; None: not at all."""
+        ...
+
     def decode(self, parts: Parts, layout: WeightLayout) -> CompactWeight:
-        """The canonical form. Raises ModelFormatError when it cannot hold the numbers."""
+        """The canonical form. `parts` and `layout` may be those of a part of the weight, cut as `cuts` says. Raises ModelFormatError when
+        it cannot hold the numbers."""
         ...
 
 
@@ -114,6 +148,16 @@ def holds_codes(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point or dtype.itemsize == 1
 
 
+def group_axis(layout: WeightLayout) -> Axis | None:
+    """The axis of a dimension with one element for each group of input features; None when there is one group."""
+    return Axis("columns", layout.group_size) if layout.group_size < layout.columns else None
+
+
+def in_order(group_index: Tensor, layout: WeightLayout) -> bool:
+    """Whether groups [K] are consecutive input features, so that the index of a part says nothing more."""
+    return torch.equal(group_index.to(torch.int64), torch.arange(layout.columns) // layout.group_size)
+
+
 def checked_layout(rows: int, columns: int, bits: int, groups: int) -> WeightLayout:
     """A layout with `groups` scales per output feature. Raises ModelFormatError for what no kernel computes with."""
     if bits not in (4, 8):
@@ -121,9 +165,9 @@ def checked_layout(rows: int, columns: int, bits: int, groups: int) -> WeightLay
     if rows < 1 or columns < 1 or groups < 1 or columns % groups:
         raise ModelFormatError(f"{columns} input features cannot be divided into {groups} groups.")
     group_size = columns // groups
-    if groups > 1 and group_size % _GROUP_MULTIPLE:
+    if groups > 1 and group_size % SMALLEST_GROUP:
         raise ModelFormatError(
-            f"groups of {group_size} input features are not supported; supported are multiples of {_GROUP_MULTIPLE}."
+            f"groups of {group_size} input features are not supported; supported are multiples of {SMALLEST_GROUP}."
         )
     return WeightLayout(rows, columns, bits, group_size)
 

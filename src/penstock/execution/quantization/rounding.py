@@ -46,6 +46,11 @@ class WeightRounding(Protocol):
         """Memory for one weight."""
         ...
 
+    def of_part(self, columns: int, part: tuple[int, int]) -> WeightRounding | None:
+        """What rounds the input features [start, stop) of a weight of `columns` as they are rounded in the whole; None when that needs
+        whole rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class RoundingScheme:
@@ -57,6 +62,12 @@ class RoundingScheme:
     def begin(self, rows: int, columns: int) -> RoundedWeight:
         """See WeightRounding."""
         return RoundedWeight(rows, columns, self)
+
+    def of_part(self, columns: int, part: tuple[int, int]) -> RoundingScheme | None:
+        """See WeightRounding. Groups of 4 bits have scales of their own; the scale at 8 bits is that of the whole row."""
+        scheme = self.for_columns(columns)
+        aligned = scheme.bits == 4 and all(border % scheme.group_size == 0 for border in part)
+        return scheme if aligned or part == (0, columns) else None
 
     def for_columns(self, columns: int) -> RoundingScheme:
         """The scheme for a weight with this many input features: the largest group that is not above ours and divides them, or, where not

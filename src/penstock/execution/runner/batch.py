@@ -8,12 +8,13 @@ per slot, so that a step is built with a few vectorised gathers, whatever the nu
     block_table   [ 7 | 3 | 12 | unused ]                             token t is in block_table[t // block_size]
 
 Sampled tokens are appended here, by the runner: a step may start from a token that the scheduler has not seen yet. Where tokens stay
-on a device, `advance` counts them when they are launched, and `fill` writes them down when they are known.
+on a device, `advance` counts them when they are launched, and `fill` writes them down when they are known. Drafts that a step verifies are
+written behind a request's tokens without being counted: those that are accepted are appended like any other token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,12 @@ from penstock.core.errors import IntegrityError
 from penstock.core.types import SamplingParams
 from penstock.engine.step import CachedRequest, NewRequest, RequestKey
 from penstock.execution.attention.context import AttentionMetadata
+from penstock.execution.attention.metadata import on_device, paged_metadata, token_places
 
 IntArray = npt.NDArray[np.int64]
+Drafts = Mapping[RequestKey, list[int]]
+
+_NO_DRAFTS: Drafts = {}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class StepShape:
 
     keys, slots [R]; counts [R]: tokens scheduled; starts [R]: first position computed; ends [R]: behind the last position computed;
     query_start [R + 1]: first token of each request in the step, then T; num_decodes: so many requests at the beginning have one token.
-    sampling: indices into the R requests whose tokens are all computed after this step; sample_positions: position of the token that
-    each of them samples.
+    num_drafts [R]: how many of the tokens, the last ones, are drafts. sampling: indices into the R requests whose tokens are all computed
+    after this step; sample_positions: position of the first token that each of them samples, one behind its last known token and behind
+    each draft.
     """
 
     keys: list[RequestKey]
@@ -47,6 +53,7 @@ class StepShape:
     query_start: IntArray
     num_decodes: int
     max_seq_len: int
+    num_drafts: IntArray
     sampling: IntArray
     sample_positions: IntArray
 
@@ -57,8 +64,8 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepInputs(StepShape):
-    """A step as tensors: input_ids, positions: int64 [T] on the device; attention: see AttentionMetadata; logit_rows: int64, the last token
-    of each request that samples, an index into the T tokens."""
+    """A step as tensors: input_ids, positions: int64 [T] on the device; attention: see AttentionMetadata; logit_rows: int64, the tokens
+    behind which requests sample, 1 + num_drafts of each that does, one request after the other: indices into the T tokens."""
 
     input_ids: Tensor
     positions: Tensor
@@ -188,8 +195,9 @@ class PersistentBatch:
         not what the scheduler believes, because a step failed."""
         self._broken.update(keys)
 
-    def shape(self, num_scheduled_tokens: dict[RequestKey, int]) -> StepShape | None:
-        """The step without those that are broken; None when nothing is left to run. Raises IntegrityError for what cannot be run."""
+    def shape(self, num_scheduled_tokens: dict[RequestKey, int], drafts: Drafts = _NO_DRAFTS) -> StepShape | None:
+        """The step without those that are broken; None when nothing is left to run. `drafts`: the tokens that some of the requests have
+        behind the known ones in this step. Raises IntegrityError for what cannot be run."""
         if self._broken:
             num_scheduled_tokens = {key: n for key, n in num_scheduled_tokens.items() if key not in self._broken}
         if not num_scheduled_tokens:
@@ -197,13 +205,26 @@ class PersistentBatch:
         keys = list(num_scheduled_tokens)
         slots = self._slots_of(keys)
         counts: IntArray = np.array(list(num_scheduled_tokens.values()), dtype=np.int64)
+        num_drafts: IntArray = np.zeros(len(keys), dtype=np.int64)
+        lengths = self._num_tokens[slots]
+        if drafts:
+            num_drafts[:] = [len(drafts.get(key, ())) for key in keys]
+            lengths = lengths + num_drafts
         starts = self._num_computed[slots]
         ends = starts + counts
-        self._check(keys, slots, ends)
+        wrong = (ends > lengths) | (ends > self._num_blocks[slots] * self._block_size)
+        if drafts:
+            max_model_len = self._token_ids.shape[1] - 1
+            wrong |= (num_drafts > 0) & ((ends != lengths) | (ends > max_model_len))
+        if wrong.any():
+            raise self._cannot_run(int(np.flatnonzero(wrong)[0]), keys, slots, ends, num_drafts)
         query_start: IntArray = np.zeros(len(keys) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
         multiple = np.flatnonzero(counts != 1)
-        sampling = np.flatnonzero(ends == self._num_tokens[slots])
+        sampling = np.flatnonzero(ends == lengths)
+        sample_positions = ends[sampling]
+        if drafts:
+            sample_positions = sample_positions - num_drafts[sampling]
         return StepShape(
             keys=keys,
             slots=slots,
@@ -213,54 +234,62 @@ class PersistentBatch:
             query_start=query_start,
             num_decodes=int(multiple[0]) if len(multiple) else len(keys),
             max_seq_len=int(ends.max()),
+            num_drafts=num_drafts,
             sampling=sampling,
-            sample_positions=ends[sampling],
+            sample_positions=sample_positions,
         )
 
-    def build(self, num_scheduled_tokens: dict[RequestKey, int]) -> StepInputs | None:
-        """The tensors of a step; None when nothing is left to run. Raises IntegrityError for what cannot be run."""
-        shape = self.shape(num_scheduled_tokens)
+    def build(self, num_scheduled_tokens: dict[RequestKey, int], drafts: Drafts = _NO_DRAFTS) -> StepInputs | None:
+        """The tensors of a step; None when nothing is left to run. `drafts`: see `shape`. Raises IntegrityError for what cannot be run."""
+        shape = self.shape(num_scheduled_tokens, drafts)
         if shape is None:
             return None
-        # Token t of the step belongs to request owner[t].
-        num_requests, num_tokens = len(shape.keys), shape.num_tokens
-        if num_tokens == num_requests:
-            token_slots, positions = shape.slots, shape.starts
-        else:
-            owner = np.repeat(np.arange(num_requests), shape.counts)
-            positions = np.arange(num_tokens) + (shape.starts - shape.query_start[:-1])[owner]
-            token_slots = shape.slots[owner]
-        block, offset = np.divmod(positions, self._block_size)
-        slot_mapping = self._block_table[token_slots, block].astype(np.int64) * self._block_size + offset
-        input_ids = self._token_ids[token_slots, positions].astype(np.int64)
-        width = -(-shape.max_seq_len // self._block_size)
-        query_start_host, seq_lens_host = shape.query_start.astype(np.int32), shape.ends.astype(np.int32)
-        attention = AttentionMetadata(
-            query_start=self._tensor(query_start_host),
-            seq_lens=self._tensor(seq_lens_host),
-            block_tables=self._tensor(self._block_table[shape.slots, :width]),
-            slot_mapping=self._tensor(slot_mapping),
+        if drafts:
+            self.write_drafts(shape, drafts)
+        owners, positions = token_places(shape.starts, shape.query_start)
+        token_slots = shape.slots if positions is shape.starts else shape.slots[owners]
+        attention = paged_metadata(
+            shape.query_start,
+            shape.ends,
+            self._block_table[shape.slots, : -(-shape.max_seq_len // self._block_size)],
+            owners,
+            positions,
+            block_size=self._block_size,
             num_decodes=shape.num_decodes,
-            query_start_host=query_start_host,
-            seq_lens_host=seq_lens_host,
             max_seq_len=shape.max_seq_len,
+            device=self._device,
         )
         return StepInputs(
             **vars(shape),
-            input_ids=self._tensor(input_ids),
-            positions=self._tensor(positions),
+            input_ids=on_device(self._token_ids[token_slots, positions].astype(np.int64), self._device),
+            positions=on_device(positions, self._device),
             attention=attention,
-            logit_rows=self._tensor(shape.query_start[1:][shape.sampling] - 1),
+            logit_rows=on_device(
+                _logit_rows(shape) if drafts else shape.query_start[1:][shape.sampling] - 1, self._device
+            ),
         )
 
+    def write_drafts(self, shape: StepShape, drafts: Drafts) -> None:
+        """Write drafts behind the tokens of their requests, where the step finds them as inputs."""
+        for index in np.flatnonzero(shape.num_drafts).tolist():
+            slot, end = shape.slots[index], shape.ends[index]
+            self._token_ids[slot, end - shape.num_drafts[index] : end] = drafts[shape.keys[index]]
+
     def finish_step(self, shape: StepShape) -> None:
-        """The tokens of a step are computed, or will be before anything asks for them."""
-        self._num_computed[shape.slots] = shape.ends
+        """The tokens of a step are computed, or will be before anything asks for them; its drafts do not count yet."""
+        self._num_computed[shape.slots] = shape.ends - shape.num_drafts
 
     def append(self, slots: IntArray, token_ids: IntArray) -> None:
         """Append one sampled token to each of `slots`."""
         self.fill(slots, self._num_tokens[slots], token_ids)
         self.advance(slots)
+
+    def extend(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Append what a step that verified drafts sampled: at least one token, all but the last of them drafts, which are computed."""
+        first = int(self._num_tokens[slot])
+        self._token_ids[slot, first : first + len(token_ids)] = token_ids
+        self._num_tokens[slot] = first + len(token_ids)
+        self._num_computed[slot] += len(token_ids) - 1
 
     def advance(self, slots: IntArray) -> None:
         """One token more of each of `slots` is being sampled; which one `fill` tells later."""
@@ -280,16 +309,20 @@ class PersistentBatch:
             self._last_keys = keys
         return self._last_slots
 
-    def _check(self, keys: list[RequestKey], slots: IntArray, ends: IntArray) -> None:
-        too_far = (ends > self._num_tokens[slots]) | (ends > self._num_blocks[slots] * self._block_size)
-        if too_far.any():
-            first = int(np.flatnonzero(too_far)[0])
-            slot = slots[first]
-            raise IntegrityError(
-                f"request {keys[first]} is scheduled up to token {ends[first]} but has {self._num_tokens[slot]} tokens "
-                f"and {self._num_blocks[slot]} blocks of {self._block_size}"
-            )
+    def _cannot_run(
+        self, row: int, keys: list[RequestKey], slots: IntArray, ends: IntArray, num_drafts: IntArray
+    ) -> IntegrityError:
+        slot, drafts = slots[row], int(num_drafts[row])
+        return IntegrityError(
+            f"request {keys[row]} is scheduled up to token {ends[row]} but has {self._num_tokens[slot]} tokens "
+            f"{f'and {drafts} drafts ' if drafts else ''}and {self._num_blocks[slot]} blocks of {self._block_size}"
+        )
 
-    def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+def _logit_rows(shape: StepShape) -> IntArray:
+    """int64: see StepInputs."""
+    last = shape.query_start[1:][shape.sampling] - 1
+    counts = shape.num_drafts[shape.sampling] + 1
+    # Row k of the result is `last` of its request, less how far k is before that request's last row.
+    ends = np.cumsum(counts)
+    return np.repeat(last - ends + 1, counts) + np.arange(counts.sum())

@@ -28,8 +28,9 @@ def default_threads() -> int:
     return cores
 
 
-def bind_to_cpus(cpus: str) -> None:
-    """Let this thread, and those that it starts from now on, run on `cpus` only ('0-7,16'); all allowed ones for ''.
+def bind_to_cpus(cpus: str, part: int = 0, parts: int = 1) -> None:
+    """Let this thread, and those that it starts from now on, run on `cpus` only ('0-7,16'); all allowed ones for ''. Of several processes
+    that divide them evenly each gets its `part`, or, when there are more processes than CPUs, one that it shares.
 
     Raises ConfigError when the list is malformed, names a CPU that this process may not use, or this system cannot bind.
     """
@@ -42,7 +43,15 @@ def bind_to_cpus(cpus: str) -> None:
     if foreign := sorted(wanted - allowed):
         usable = ", ".join(map(str, sorted(allowed)))
         raise ConfigError(f"--cpus {cpus}: this process may not use CPU {foreign[0]}; it may use {usable}.")
-    os.sched_setaffinity(0, wanted)
+    os.sched_setaffinity(0, divide_cpus(wanted, part, parts))
+
+
+def divide_cpus(cpus: set[int], part: int, parts: int) -> set[int]:
+    """The CPUs of process `part` of `parts`: neighbours, because those are near each other."""
+    ordered = sorted(cpus)
+    if parts > len(ordered):
+        return {ordered[part % len(ordered)]}
+    return set(ordered[part * len(ordered) // parts : (part + 1) * len(ordered) // parts])
 
 
 def parse_cpus(text: str) -> set[int]:

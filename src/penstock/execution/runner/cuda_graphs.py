@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: the kernels of a whole step recorded once, then launched as one.
+"""CUDA graphs of steps in which all requests have equally many tokens: the kernels of a whole step recorded once, then launched as one.
 
 A step of a small model is hundreds of kernels of a few microseconds, and launching each from the host takes as long as running it. A
 graph is launched at the cost of one. What it replays is fixed: the kernels, their grids and every address. So a step's inputs lie in
@@ -80,7 +80,8 @@ class DecodeGraphs:
     """Graphs of steps in which every request has `query_len` tokens: 1 when it decodes, more when guesses are verified.
 
     sizes: batch sizes, ascending. max_seq_len: the longest context that a request can ever have; what backends decide by length they
-    decide for this one. Nothing is recorded before `capture`.
+    decide for this one. logits: float32, at least [largest size * query_len, V], where replays leave theirs. Nothing is recorded before
+    `capture`.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class DecodeGraphs:
         *,
         sizes: list[int],
         max_seq_len: int,
-        vocab_size: int,
+        logits: Tensor,
         query_len: int = 1,
     ) -> None:
         self._model = model
@@ -100,7 +101,7 @@ class DecodeGraphs:
         self._sizes = sizes
         self._max_seq_len = max_seq_len
         self._query_len = query_len
-        self._logits = torch.zeros(sizes[-1] * query_len, vocab_size, dtype=torch.float32, device=accelerator.device)
+        self._logits = logits
         self._replays: list[Callable[[], None]] = []
         # Graphs over the cache that `measure` used. They are never replayed, but hold the pool's memory until others use it.
         self._probes: list[Callable[[], None]] = []
@@ -111,15 +112,21 @@ class DecodeGraphs:
         """The most requests that a graph has room for."""
         return self._sizes[-1]
 
-    def run(self, num_requests: int) -> Tensor | None:
-        """Replay the smallest graph for `num_requests` over the inputs as they are now.
+    @property
+    def num_rows(self) -> int:
+        """Rows of the largest graph."""
+        return self.largest * self._query_len
 
-        Returns logits float32 [num_requests * query_len, V], a view that the next run overwrites; None when there is no such graph.
+    def holds(self, num_requests: int) -> bool:
+        """Whether there is a graph for so many requests."""
+        return bool(self._replays) and num_requests <= self.largest
+
+    def run(self, num_requests: int) -> Tensor:
+        """Replay the smallest graph that `holds` so many requests over the inputs as they are now.
+
+        Returns logits float32 [num_requests * query_len, V], a view that the next run overwrites.
         """
-        index = bisect_left(self._sizes, num_requests)
-        if index >= len(self._replays):
-            return None
-        self._replays[index]()
+        self._replays[bisect_left(self._sizes, num_requests)]()
         return self._logits[: num_requests * self._query_len]
 
     def measure(self, kv_caches: list[KVCache]) -> int:
@@ -149,7 +156,8 @@ class DecodeGraphs:
         self._probes.clear()
         taken, seconds = max(0, free - self._accelerator.free_bytes()), time.perf_counter() - begun
         count = f"{len(replays)} graph{'s' if len(replays) > 1 else ''}"
-        self.account = f"captured {count} for batches up to {self.largest} in {seconds:.1f} s, {mib(taken)}"
+        drafts = f" with {self._query_len - 1} drafts each" if self._query_len > 1 else ""
+        self.account = f"captured {count} for batches up to {self.largest}{drafts} in {seconds:.1f} s, {mib(taken)}"
         logger.info("CUDA graphs: %s", self.account)
 
     def _record(self, size: int, kv_caches: list[KVCache]) -> Callable[[], None]:

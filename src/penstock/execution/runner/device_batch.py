@@ -4,15 +4,16 @@
                                                  one copy                        │ one kernel
                                                                              input_ids, positions, …       by row of the step
 
-Buffers keep their place, so that a recorded step finds its inputs. Behind a step of decodes all rows are padding: seq_lens 0, input_ids 0,
-positions 0, slot_mapping -1. So a step that was recorded for more requests reads and writes nothing there. Only rows that the steps
-before have filled are written for that, by the kernel that writes the others.
+Buffers keep their place, so that a recorded step finds its inputs. Behind a step that may be replayed (one of decodes, and one that was
+prepared with a `query_len`) all rows are padding: seq_lens 0, input_ids 0, positions 0, slot_mapping -1. So a step that was recorded for
+more requests reads and writes nothing there. Only rows that the steps before have filled are written for that, by the kernel that
+writes the others.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,17 +22,18 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import IntegrityError
-from penstock.engine.step import BlockMove
+from penstock.engine.step import BlockMove, RequestKey
 from penstock.execution.attention.context import AttentionMetadata
-from penstock.execution.kernels.triton.step_inputs import StepTensors, append_tokens, prepare_inputs, write_runs
+from penstock.execution.kernels.triton.step_inputs import append_tokens, prepare_inputs, write_runs
 from penstock.execution.runner.accelerator import Accelerator, Mark
 from penstock.execution.runner.batch import StepShape
+from penstock.execution.runner.device_tensors import allocate_tensors
 from penstock.execution.runner.staging import DATA_SIZE, Section, Staging, aligned
 
 Int32Array = npt.NDArray[np.int32]
 
 # Rows of the staging's fixed part, and numbers of a run: see step_inputs.py.
-_NUM_ROWS = 4
+_NUM_ROWS = 5
 _RUN_SIZE = 4
 
 
@@ -46,8 +48,9 @@ class _Run(NamedTuple):
 class DeviceBatch:
     """Buffers for steps of up to `max_requests` requests and `max_tokens` tokens, of `max_slots` requests that are known.
 
-    A step is packed (`begin`, `add_request`, `add_blocks`, `put`), sent (`upload`), turned into inputs (`prepare`), and what it sampled is
-    kept (`append`). `max_inflight`: steps that may be in flight at once. `data_size`: token and block ids that are sent with a step.
+    A step is packed (`begin`, `add_request`, `add_blocks`, `add_drafts`, `put`), sent (`upload`), turned into inputs (`prepare`), and
+    what it sampled is kept (`append`). `max_inflight`: steps that may be in flight at once. `max_drafts`: drafts of a request in a step.
+    `data_size`: token and block ids that are sent with a step.
     """
 
     def __init__(
@@ -60,13 +63,16 @@ class DeviceBatch:
         max_model_len: int,
         block_size: int,
         max_inflight: int = 2,
+        max_drafts: int = 0,
         data_size: int = DATA_SIZE,
     ) -> None:
         self.max_inflight = max_inflight
         self.max_requests = max_requests
         self.max_tokens = max(max_tokens, max_requests)
-        self.tensors = _allocate(
-            accelerator.device, max_slots, max_requests, self.max_tokens, max_model_len, block_size
+        # Tokens that a step may sample.
+        self.max_samples = min(self.max_tokens, max_requests * (1 + max_drafts))
+        self.tensors = allocate_tensors(
+            accelerator.device, max_slots, max_requests, self.max_tokens, self.max_samples, max_model_len, block_size
         )
         self._accelerator = accelerator
         self._section = aligned(max_requests + 1)
@@ -79,12 +85,13 @@ class DeviceBatch:
             other_size=other_size,
             depth=max_inflight + 1,
         )
-        self._results = deque(accelerator.pinned((max_requests,), torch.int64) for _ in range(max_inflight + 1))
+        self._results = deque(accelerator.pinned((self.max_samples,), torch.int64) for _ in range(max_inflight + 1))
         self._rows: Int32Array = np.zeros((_NUM_ROWS, self._section), dtype=np.int32)
         self._new_tokens: list[_Run] = []
         self._new_blocks: list[_Run] = []
         self._query_starts: dict[int, Tensor] = {}
-        self._num_filled_rows = 0
+        # Rows from which on everything is padding.
+        self._filled_requests = self._filled_tokens = 0
 
     # ---- the buffers ----
 
@@ -171,6 +178,12 @@ class DeviceBatch:
         """Blocks appended to the table of `slot`, from column `first` on."""
         self._new_blocks.append(_Run(slot, first, block_ids))
 
+    def add_drafts(self, shape: StepShape, drafts: Mapping[RequestKey, Sequence[int]]) -> None:
+        """The drafts that the step verifies, behind the tokens of their requests, where what is sampled will take their place."""
+        for row in np.flatnonzero(shape.num_drafts).tolist():
+            numbers = np.array(drafts[shape.keys[row]], dtype=np.int32)
+            self._new_tokens.append(_Run(int(shape.slots[row]), int(shape.ends[row]) - len(numbers), numbers))
+
     def put(self, numbers: npt.ArrayLike) -> Section:
         """Up to one number for each token of the step, twice; `view` finds them on the device."""
         return self._staging.put(numbers)
@@ -200,25 +213,36 @@ class DeviceBatch:
                 end = run.column + len(run.numbers)
                 target[run.row, run.column : end].copy_(torch.from_numpy(run.numbers))
 
-    def prepare(self, shape: StepShape) -> None:
-        """Give the device the work of filling the buffers for the step that was uploaded."""
-        num_requests = num_rows = len(shape.keys)
-        if shape.num_tokens == num_requests:
-            num_rows = max(num_rows, self._num_filled_rows)
-            self._num_filled_rows = num_requests
+    def prepare(self, shape: StepShape, query_len: int = 0) -> None:
+        """Give the device the work of filling the buffers for the step that was uploaded.
+
+        query_len: rows of each request, for steps that are replayed: no fewer than any request has tokens, no more than any has context;
+        or 0. Decodes have one row each in any case.
+        """
+        num_requests, num_tokens = len(shape.keys), shape.num_tokens
+        filled_requests, filled_tokens = self._filled_requests, self._filled_tokens
+        if query_len or num_tokens == num_requests:
+            num_tokens = num_requests * max(1, query_len)
+            self._filled_requests, self._filled_tokens = num_requests, num_tokens
         else:
-            self._num_filled_rows = min(self.max_requests, max(self._num_filled_rows, shape.num_tokens))
+            self._filled_requests = max(filled_requests, num_requests)
+            self._filled_tokens = max(filled_tokens, num_tokens)
+            filled_requests = filled_tokens = 0
         prepare_inputs(
             self._staging.device[: _NUM_ROWS * self._section].view(_NUM_ROWS, self._section),
             self.tensors,
             num_requests=num_requests,
-            num_rows=num_rows,
+            num_tokens=num_tokens,
             max_count=int(shape.counts.max()),
             max_seq_len=shape.max_seq_len,
+            filled_requests=filled_requests,
+            filled_tokens=filled_tokens,
+            query_len=query_len,
         )
 
     def append(self, token_ids: Tensor, failed: Tensor) -> Tensor:
-        """Append what the sampling requests of the step sampled, int64 [M], to their tokens on the device.
+        """Write what the step sampled, int64 [M], to the tokens of its requests on the device. Behind a draft that was refused that is no
+        token of the request, and what its next step brings will be written over it.
 
         Returns pinned memory where it is when the step's end is reached, with -1 where `failed`, bool [M]. A step that begins when the
         result of this one must have been taken overwrites it.
@@ -239,12 +263,17 @@ class DeviceBatch:
                 f"a step of {num_requests} requests and {shape.num_tokens} tokens; "
                 f"there is room for {self.max_requests} and {self.max_tokens}"
             )
-        slots, starts, query_start, sample_index = self._rows
+        num_samples = shape.num_drafts[shape.sampling] + 1
+        ends = np.cumsum(num_samples)
+        if len(ends) and ends[-1] > self.max_samples:
+            raise IntegrityError(f"a step samples {ends[-1]} tokens; there is room for {self.max_samples}")
+        slots, starts, query_start, first_sample, num_drafts = self._rows
         slots[:num_requests] = shape.slots
         starts[:num_requests] = shape.starts
         query_start[: num_requests + 1] = shape.query_start
-        sample_index[:num_requests] = -1
-        sample_index[shape.sampling] = np.arange(len(shape.sampling))
+        first_sample[:num_requests] = -1
+        first_sample[shape.sampling] = ends - num_samples
+        num_drafts[:num_requests] = shape.num_drafts
 
     def _pack_runs(self, runs: list[_Run]) -> tuple[Section | None, int, list[_Run]]:
         """Where the packed runs are, the longest of them, and those that have to go on their own."""
@@ -262,34 +291,3 @@ class DeviceBatch:
         ends = section.start + np.cumsum(sizes)
         entries = [(run.row, run.column, end - size, size) for run, end, size in zip(packed, ends, sizes, strict=True)]
         return self._staging.put(entries), max(sizes), unpacked
-
-
-def _allocate(
-    device: torch.device, max_slots: int, max_requests: int, max_tokens: int, max_model_len: int, block_size: int
-) -> StepTensors:
-    """All zero but for slot_mapping: every row is padding."""
-    num_blocks = max_model_len // block_size + 1
-
-    def int32(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    def int64(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-
-    return StepTensors(
-        block_size=block_size,
-        # One more than the context, as in PersistentBatch.
-        token_ids=int32(max_slots, max_model_len + 1),
-        block_table=int32(max_slots, num_blocks),
-        input_ids=int64(max_tokens),
-        positions=int64(max_tokens),
-        slot_mapping=int64(max_tokens) - 1,
-        query_start=torch.arange(max_requests + 1, dtype=torch.int32, device=device),
-        seq_lens=int32(max_requests),
-        block_tables=int32(max_requests, num_blocks),
-        request_slots=int64(max_requests),
-        logit_rows=int64(max_requests),
-        sample_slots=int64(max_requests),
-        sample_positions=int64(max_requests),
-        sampled=int64(max_requests),
-    )

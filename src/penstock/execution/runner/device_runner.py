@@ -7,8 +7,11 @@ A launch gives the device a step's work and waits for nothing. What step N sampl
 the token at the launch and learns which one it is with the result. So a request that fails alone in N, with no usable
 probabilities, is found out after N+1 was launched with it: N+1 computes on with token 0 for it, in its own blocks, and says nothing of it.
 
+How many of its drafts a request was right about is known with the result, and so is what to propose next: a request with either is in no
+later step by then, while those of other requests go on. Drafts are proposed when the result is taken, with the device's work behind it.
+
 What belongs here: the order of a step, as in model_runner.py. Buffers and what crosses between host and device: device_batch.py; recorded
-steps: cuda_graphs.py; tokens from logits: sampling/device_sampler.py.
+steps: step_graphs.py; proposals: drafts.py; tokens from logits: sampling/device_sampler.py.
 """
 
 from __future__ import annotations
@@ -16,10 +19,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,39 +30,25 @@ from penstock.engine.step import RunnerOutput, SchedulerOutput
 from penstock.execution.attention.backend import KVCache
 from penstock.execution.attention.context import ForwardContext, forward_context
 from penstock.execution.runner.accelerator import Accelerator, Mark
-from penstock.execution.runner.batch import IntArray, PersistentBatch, StepShape
+from penstock.execution.runner.batch import PersistentBatch, StepShape
 from penstock.execution.runner.block_mover import BlockMover
 from penstock.execution.runner.device_batch import DeviceBatch
+from penstock.execution.runner.device_parts import Graphs, LaunchingSampler
+from penstock.execution.runner.device_results import drop_failed, take_samples
+from penstock.execution.runner.drafts import Proposals, step_masks, verified_drafts
 from penstock.execution.runner.flight import FetchedLogprobs, Flight, LaunchedStep
-from penstock.execution.runner.model_runner import Model, SlotSampler, add_requests, forget_requests
+from penstock.execution.runner.model_runner import Model, add_requests, forget_requests
 from penstock.execution.runner.out_of_memory import is_out_of_memory, recover_memory
-from penstock.execution.runner.outputs import add_samples, plan_prompt_logprobs, sampling_keys
+from penstock.execution.runner.outputs import plan_prompt_logprobs
 from penstock.execution.runner.staging import Section
 from penstock.execution.runner.steps import FinishedStep
-from penstock.execution.sampling.device_sampler import DeviceSamples
 from penstock.execution.sampling.logprobs import MAX_LOGITS_BYTES, logprob_tensors
-
-
-class Graphs(Protocol):
-    """Recorded decode steps; see cuda_graphs.DecodeGraphs."""
-
-    def run(self, num_requests: int) -> Tensor | None:
-        """Logits [num_requests, V] of the step that lies in the buffers; None when it was not recorded."""
-        ...
-
-
-class LaunchingSampler(SlotSampler, Protocol):
-    """See sampling.device_sampler.DeviceSampler."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def launch(self, logits: Tensor, slots: IntArray, device_slots: Tensor, positions: Tensor) -> DeviceSamples: ...
+from penstock.execution.speculative.proposer import Proposer
 
 
 class DeviceRunner:
     """Runs steps over a model, its KV caches (one per layer; `host_caches` likewise, empty without a host tier) and a batch, of which
-    `batch` is the host's half and `buffers` the device's.
+    `batch` is the host's half and `buffers` the device's. `proposer`: where drafts come from; without one there are none.
 
     Results are taken in the order of the launches. Not thread-safe.
     """
@@ -78,6 +65,7 @@ class DeviceRunner:
         accelerator: Accelerator,
         graphs: Graphs | None = None,
         max_logits_bytes: int = MAX_LOGITS_BYTES,
+        proposer: Proposer | None = None,
     ) -> None:
         self._model = model
         self._kv_caches = kv_caches
@@ -88,6 +76,7 @@ class DeviceRunner:
         self._accelerator = accelerator
         self._graphs = graphs
         self._max_logits_bytes = max_logits_bytes
+        self._proposals = Proposals(proposer, batch)
         self._flights: deque[Flight] = deque()
         self._last_end: Mark | None = None
 
@@ -135,14 +124,12 @@ class DeviceRunner:
         buffers = self._buffers
         if len(self._flights) >= buffers.max_inflight:
             raise IntegrityError(f"{len(self._flights)} steps are in flight; take the result of the oldest")
-        flight = Flight(RunnerOutput(step.step_id))
+        flight = Flight(RunnerOutput(step.step_id), num_proposals=step.num_proposals)
         buffers.begin()
-        forget_requests(step, self._batch, self._sampler)
-        for slot in add_requests(step, self._batch, self._sampler):
-            buffers.add_request(slot, self._batch.token_ids(slot), self._batch.block_ids(slot))
-        for new in self._batch.update(step.cached_requests):
-            buffers.add_blocks(new.slot, new.first, self._batch.block_ids(new.slot)[new.first : new.end])
-        shape = flight.shape = self._batch.shape(step.num_scheduled_tokens)
+        self._apply(step)
+        shape = flight.shape = self._batch.shape(step.num_scheduled_tokens, step.draft_token_ids)
+        if shape is not None:
+            buffers.add_drafts(shape, step.draft_token_ids)
         moves = self._pack_moves(step)
         prompt_sections = self._plan_prompt_logprobs(flight)
 
@@ -152,54 +139,87 @@ class DeviceRunner:
             move(buffers.view(packed).view(-1, 2))
         if shape is not None:
             flight.incarnations = self._batch.incarnations[shape.slots]
-            self._run(flight, shape, prompt_sections, begun)
+            self._run(flight, step, shape, prompt_sections, begun)
         flight.end = self._accelerator.mark()
         buffers.finish(flight.end)
         flight.idle_since, self._last_end = self._last_end, flight.end
         self._flights.append(flight)
         return flight
 
+    def _apply(self, step: SchedulerOutput) -> None:
+        """Take over what the step says of requests; their blocks are moved on the device, in the order of its work."""
+        forget_requests(step, self._batch, self._sampler, self._proposals)
+        self._proposals.move_blocks(step)
+        for slot in add_requests(step, self._batch, self._sampler, self._proposals):
+            self._buffers.add_request(slot, self._batch.token_ids(slot), self._batch.block_ids(slot))
+        added = self._batch.update(step.cached_requests)
+        for new in added:
+            self._buffers.add_blocks(new.slot, new.first, self._batch.block_ids(new.slot)[new.first : new.end])
+        self._proposals.add_blocks(added)
+
     def _run(
-        self, flight: Flight, shape: StepShape, prompt_sections: tuple[Section, Section] | None, begun: float
+        self,
+        flight: Flight,
+        step: SchedulerOutput,
+        shape: StepShape,
+        prompt_sections: tuple[Section, Section] | None,
+        begun: float,
     ) -> None:
         """Forward, sample, and fetch what was sampled."""
-        self._buffers.prepare(shape)
+        query_len = 0 if prompt_sections is not None else self._recorded_query_len(shape)
+        self._buffers.prepare(shape, query_len)
         prepared = time.perf_counter()
-        logits = self._forward(flight, shape, prompt_sections)
+        logits = self._forward(flight, shape, prompt_sections, query_len)
         self._batch.finish_step(shape)
         forwarded = time.perf_counter()
         if logits is not None:
-            self._sample(flight, shape, logits)
+            self._sample(flight, step, shape, logits)
         output = flight.output
         output.prepare_seconds = prepared - begun
         output.forward_seconds = forwarded - prepared
         output.sample_seconds = time.perf_counter() - forwarded
 
+    def _recorded_query_len(self, shape: StepShape) -> int:
+        """Rows of each request in the recorded step to replay; 0 when there is none. A few tokens of a prompt are computed as decodes and
+        drafts are."""
+        if self._graphs is None:
+            return 0
+        query_len = self._graphs.query_len(len(shape.keys), int(shape.counts.max()))
+        return query_len if shape.ends.min() >= query_len else 0
+
     def _forward(
-        self, flight: Flight, shape: StepShape, prompt_sections: tuple[Section, Section] | None
+        self, flight: Flight, shape: StepShape, prompt_sections: tuple[Section, Section] | None, query_len: int
     ) -> Tensor | None:
-        """Logits of the requests that sample, [M, V]; None when there are none."""
-        tensors, num_tokens, num_sampling = self._buffers.tensors, shape.num_tokens, len(shape.sampling)
-        logit_rows = None if num_sampling == num_tokens else tensors.logit_rows[:num_sampling]
-        if self._graphs is not None and num_tokens == len(shape.keys) and prompt_sections is None:
-            logits = self._graphs.run(num_tokens)
-            if logits is not None:
-                if not num_sampling:
-                    return None
-                return logits if logit_rows is None else logits[logit_rows]
+        """Logits of the rows that are sampled, [M, V]; None when there are none."""
+        tensors, num_tokens = self._buffers.tensors, shape.num_tokens
+        num_samples = len(shape.sampling) + int(shape.num_drafts.sum())
+        if query_len and self._graphs is not None:
+            logits = self._graphs.run(len(shape.keys), query_len)
+            if not num_samples:
+                return None
+            return logits if num_samples == len(logits) else logits[tensors.logit_rows[:num_samples]]
         with forward_context(ForwardContext(self._buffers.metadata(shape), self._kv_caches)):
             hidden = self._model(tensors.input_ids[:num_tokens], tensors.positions[:num_tokens])
         if prompt_sections is not None:
             self._launch_prompt_logprobs(flight, hidden, *prompt_sections)
-        if not num_sampling:
+        if not num_samples:
             return None
-        return self._model.compute_logits(hidden if logit_rows is None else hidden[logit_rows])
+        return self._model.compute_logits(
+            hidden if num_samples == num_tokens else hidden[tensors.logit_rows[:num_samples]]
+        )
 
-    def _sample(self, flight: Flight, shape: StepShape, logits: Tensor) -> None:
-        tensors, count = self._buffers.tensors, len(shape.sampling)
-        slots = shape.slots[shape.sampling]
-        sampled = self._sampler.launch(logits, slots, tensors.sample_slots[:count], tensors.sample_positions[:count])
+    def _sample(self, flight: Flight, step: SchedulerOutput, shape: StepShape, logits: Tensor) -> None:
+        tensors, count = self._buffers.tensors, len(logits)
+        slots, masks = shape.slots[shape.sampling], step_masks(step, shape)
+        rows = tensors.sample_slots[:count], tensors.sample_positions[:count]
+        if count > len(slots):
+            flight.drafts = verified_drafts(step, shape)
+            sampled = self._sampler.launch_verify(logits, slots, *rows, flight.drafts, masks)
+            slots = slots[shape.num_drafts[shape.sampling] == 0]
+        else:
+            sampled = self._sampler.launch(logits, slots, *rows, masks)
         flight.tokens = self._buffers.append(sampled.token_ids, sampled.failed)
+        # Of the others the host does not know yet how many there are.
         self._batch.advance(slots)
         found = sampled.logprobs
         if found is not None:
@@ -252,24 +272,23 @@ class DeviceRunner:
         flight.add_times()
         flight.add_prompt_logprobs()
         if shape is not None and flight.tokens is not None:
-            self._add_samples(flight, shape, flight.tokens.numpy())
+            take_samples(flight, shape, flight.tokens.numpy(), self._batch, self._flights)
         if shape is not None and flight.dropped:
-            _drop(output, flight, shape)
+            drop_failed(output, flight, shape)
+        if shape is not None and flight.num_proposals:
+            self._propose(flight, shape)
         return output
 
-    def _add_samples(self, flight: Flight, shape: StepShape, token_ids: IntArray) -> None:
-        """Write the tokens down and add them to the output; from later steps in flight, take those out that failed."""
-        keys, failed = sampling_keys(shape), token_ids < 0
-        add_samples(flight.output, keys, token_ids, failed, flight.logprob_rows, flight.sampled_logprobs(token_ids))
-        slots, incarnations = shape.slots[shape.sampling], flight.incarnations[shape.sampling]
-        # A slot may have been freed since, and taken by another request.
-        current = self._batch.incarnations[slots] == incarnations
-        good = current & ~failed
-        self._batch.fill(slots[good], shape.sample_positions[good], token_ids[good])
-        if failed.any():
-            self._batch.set_broken(keys[row] for row in np.flatnonzero(current & failed).tolist())
-            for later in self._flights:
-                later.dropped.update(incarnations[failed].tolist())
+    def _propose(self, flight: Flight, shape: StepShape) -> None:
+        """Drafts for the requests that want some and were not taken out by a step that was launched meanwhile."""
+        current = self._batch.incarnations[shape.slots] == flight.incarnations
+        known = {shape.keys[row] for row in np.flatnonzero(current).tolist()}
+        wanted = {key: count for key, count in flight.num_proposals.items() if key in known}
+        with torch.inference_mode():
+            self._proposals.propose(wanted, flight.output)
+        if self._last_end is flight.end:
+            # What proposing took of the device's time was not idle.
+            self._last_end = self._accelerator.mark()
 
     def _explained(self, error: Exception) -> Exception:
         """`error`, or an IntegrityError when nothing can run on the device any more."""
@@ -280,12 +299,3 @@ class DeviceRunner:
         lost = IntegrityError(f"the device is lost: {error}")
         lost.__cause__ = error
         return lost
-
-
-def _drop(output: RunnerOutput, flight: Flight, shape: StepShape) -> None:
-    """Say nothing of requests that had failed before this step, which was in flight by then."""
-    dropped: npt.NDArray[np.bool_] = np.isin(flight.incarnations, list(flight.dropped))
-    for row in np.flatnonzero(dropped).tolist():
-        key = shape.keys[row]
-        for outcome in (output.sampled_token_ids, output.logprobs, output.prompt_logprobs, output.errors):
-            outcome.pop(key, None)

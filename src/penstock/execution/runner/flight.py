@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from penstock.core.types import TokenLogprobs
-from penstock.engine.step import RunnerOutput
+from penstock.engine.step import RequestKey, RunnerOutput
 from penstock.execution.runner.accelerator import Mark
 from penstock.execution.runner.batch import IntArray, StepShape
 from penstock.execution.runner.outputs import PromptLogprobPlan
 from penstock.execution.sampling.logprobs import LogprobRows
+from penstock.execution.sampling.verification import DraftRows, VerifiedTokens
 
 _NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
 
@@ -43,20 +44,24 @@ class Flight:
     """A step between its launch and its result.
 
     shape: None when the step had nothing to run. incarnations [R]: which requests were in the slots; dropped: those of them that an
-    earlier step found failed when this one was launched already. tokens: int64 [M], pinned, -1 where a request failed; logprobs: of the
-    requests logprob_rows of these, with num_top alternatives. start, end: marks around its work; idle_since: the end of the step before.
+    earlier step found failed when this one was launched already. drafts: of each request that samples, where the step verifies any; rows
+    are then as DraftRows has them, else one for each of these requests. tokens: int64 [M], pinned, -1 where a row failed; logprobs: of
+    the rows logprob_rows of these, with num_top alternatives. num_proposals: drafts wanted afterwards. start, end: marks around its
+    work; idle_since: the end of the step before.
     """
 
     output: RunnerOutput
     shape: StepShape | None = None
     incarnations: IntArray = field(default_factory=lambda: _NO_ROWS)
     dropped: set[int] = field(default_factory=set)
+    drafts: list[list[int]] | None = None
     tokens: Tensor | None = None
     logprob_rows: IntArray = field(default_factory=lambda: _NO_ROWS)
     num_top: list[int] = field(default_factory=list)
     logprobs: FetchedLogprobs | None = None
     prompt_plan: PromptLogprobPlan | None = None
     prompt_logprobs: list[FetchedLogprobs] = field(default_factory=list)
+    num_proposals: dict[RequestKey, int] = field(default_factory=dict)
     start: Mark | None = None
     end: Mark | None = None
     idle_since: Mark | None = None
@@ -72,6 +77,17 @@ class Flight:
     def sampled_logprobs(self, token_ids: IntArray) -> list[TokenLogprobs]:
         """Of token_ids [M], those of `logprob_rows`."""
         return [] if self.logprobs is None else self.logprobs.structs(token_ids[self.logprob_rows], self.num_top)
+
+    def verified(self, token_ids: IntArray, drafts: list[list[int]]) -> VerifiedTokens:
+        """What token_ids [M], -1 where a row failed, give each of the requests with these drafts."""
+        rows = DraftRows(drafts)
+        num_new, failed = rows.outcome(token_ids, token_ids < 0)
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for row, entry in zip(self.logprob_rows.tolist(), self.sampled_logprobs(token_ids), strict=True):
+            request = int(rows.request[row])
+            if rows.offset[row] < num_new[request] and not failed[request]:
+                logprobs.setdefault(request, []).append(entry)
+        return VerifiedTokens(rows.new_tokens(token_ids, num_new, failed), failed, logprobs)
 
     def add_prompt_logprobs(self) -> None:
         """What was found out of prompts, to `output`."""

@@ -93,38 +93,31 @@ def _reclaimable(stat_file: Path) -> int:
     return 0
 
 
-def activation_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+def activation_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_drafts: int = 0) -> int:
     """An upper estimate of what one full step takes beside weights and cache.
 
     Per token: the residual and its normalised copy, query, key, value and attention output, the two halves and the product of the MLP, and
-    as much again for what an operator holds while it works. Per request: three float32 rows of the vocabulary.
+    as much again for what an operator holds while it works. Per token that is sampled, one of each request and behind each of its up to
+    `max_drafts` drafts: three float32 rows of the vocabulary.
     """
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    per_token = 2 * (3 * model.hidden_size + heads + 3 * model.intermediate_size) * dtype.itemsize
-    per_request = 3 * model.vocab_size * 4
-    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_request
+    per_token = 2 * (3 * model.hidden_size + heads + 3 * model.feed_forward_width) * dtype.itemsize
+    sampled = max(config.max_num_seqs, min(config.max_num_seqs * (1 + max_drafts), config.max_num_batched_tokens))
+    return config.max_num_batched_tokens * per_token + sampled * 3 * model.vocab_size * 4
 
 
-def plan_kv_memory(
-    config: EngineConfig,
-    model: ModelConfig,
-    backend: AttentionBackend,
-    spec: KVCacheSpec,
-    use: MemoryUse,
-    *,
-    free_host_bytes: int,
-) -> KVPlan:
-    """Size the cache. `config` is resolved; `spec`: a layer's; `free_host_bytes`: free in main memory now. Raises ConfigError when no
-    useful request fits, or the host tier does not."""
-    block_size = config.block_size
-    bytes_per_block = model.num_layers * backend.bytes_per_block(spec)
+def plan_kv_memory(config: EngineConfig, bytes_per_block: int, use: MemoryUse, *, free_host_bytes: int) -> KVPlan:
+    """Size this rank's part of the cache. `config` is resolved; `bytes_per_block`: what a block takes here, in all layers;
+    `free_host_bytes`: what the rank may take of main memory now. Sizes in `config` are those of all ranks together, each of which has an
+    even share. Raises ConfigError when no useful request fits, or the host tier does not."""
+    block_size, ranks = config.block_size, config.num_ranks
     blocks_per_request = -(-config.max_model_len // block_size)
     wanted = -(-min(config.max_model_len, MIN_REQUEST_TOKENS) // block_size)
     if config.kv_cache_gib:
-        room = int(config.kv_cache_gib * GIB)
+        room = int(config.kv_cache_gib * GIB / ranks)
         num_blocks = room // bytes_per_block
-        fix = f"raise --kv-cache-gib to at least {_gib_up(wanted * bytes_per_block)}"
-        _check_explicit_size(config.kv_cache_gib, room, use)
+        fix = f"raise --kv-cache-gib to at least {_gib_up(wanted * bytes_per_block * ranks)}"
+        _check_explicit_size(config, room, use)
     else:
         share = int(config.memory_utilization * use.free_bytes)
         room = share - use.weight_bytes - use.step_bytes - use.graph_bytes
@@ -134,16 +127,20 @@ def plan_kv_memory(
         raise ConfigError(
             f"The KV cache needs at least {mib(wanted * bytes_per_block)} for one request but has {mib(max(0, room))}; {fix}."
         )
-    num_host_blocks = int(config.swap_space_gib * GIB) // bytes_per_block
+    num_host_blocks = int(config.swap_space_gib * GIB / ranks) // bytes_per_block
     if num_host_blocks * bytes_per_block > free_host_bytes:
         raise ConfigError(
-            f"--swap-space-gib {config.swap_space_gib:g} is {mib(num_host_blocks * bytes_per_block)} but "
+            f"--swap-space-gib {config.swap_space_gib:g} is {mib(num_host_blocks * bytes_per_block)}{_each(ranks)} but "
             f"{mib(free_host_bytes)} of main memory are free; lower it."
         )
     return KVPlan(num_blocks, num_host_blocks, bytes_per_block)
 
 
-def _check_explicit_size(gib: float, room: int, use: MemoryUse) -> None:
+def _each(ranks: int) -> str:
+    return f" for each of {ranks} ranks" if ranks > 1 else ""
+
+
+def _check_explicit_size(config: EngineConfig, room: int, use: MemoryUse) -> None:
     """What was measured has to fit beside a cache of an explicit size; an estimate from above does not."""
     free = use.free_bytes - use.weight_bytes
     beside = "the weights"
@@ -152,7 +149,8 @@ def _check_explicit_size(gib: float, room: int, use: MemoryUse) -> None:
         beside = "weights, a full step and CUDA graphs"
     if room > free:
         raise ConfigError(
-            f"--kv-cache-gib {gib:g} is {mib(room)} but {mib(max(0, free))} are free beside {beside}; lower it."
+            f"--kv-cache-gib {config.kv_cache_gib:g} is {mib(room)}{_each(config.num_ranks)} but {mib(max(0, free))} are free beside "
+            f"{beside}; lower it."
         )
 
 

@@ -25,27 +25,36 @@ _OVERLAPPED = 2
 _GPU_BLOCK_MULTIPLE = 16
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; 'auto' is the GPU if there is one. Raises ConfigError when there is no such device."""
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name` of a rank, which is number `local_rank` on its machine; 'auto' is a GPU if there is one. Makes a GPU the
+    current one. Raises ConfigError when there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch.")
-    return torch.device(name)
+    if name != "cuda" or not local_rank:
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank + 1} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --tensor-parallel-size, "
+            "--pipeline-parallel-size or --local-ranks."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank)
 
 
-def resolve_limits(config: EngineConfig, device: torch.device) -> EngineConfig:
+def resolve_limits(config: EngineConfig, device: torch.device, local_ranks: int = 1) -> EngineConfig:
     """`config` with device, threads, memory share, token budget, request limit and prefill cap replaced by numbers.
 
-    What depends on the model (dtype, max_model_len) stays; see `resolve_model_limits`. Raises ConfigError for blocks that the device's
-    attention cannot take.
+    The cores of this machine are divided among its `local_ranks` ranks, unless --threads says how many each takes. What depends on the
+    model (dtype, max_model_len) stays; see `resolve_model_limits`. Raises ConfigError for blocks that the device's attention cannot take.
     """
     _check_block_size(config, device)
     budget = config.max_num_batched_tokens or _MAX_NUM_BATCHED_TOKENS[device.type]
     return dataclasses.replace(
         config,
         device=device.type,
-        threads=config.threads or default_threads(),
+        threads=config.threads or max(1, default_threads() // local_ranks),
         memory_utilization=config.memory_utilization or _MEMORY_UTILIZATION[device.type],
         max_num_batched_tokens=budget,
         max_num_seqs=config.max_num_seqs or _MAX_NUM_SEQS[device.type],

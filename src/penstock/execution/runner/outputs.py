@@ -11,6 +11,7 @@ import numpy.typing as npt
 from penstock.core.types import TokenLogprobs
 from penstock.engine.step import RequestKey, RunnerOutput
 from penstock.execution.runner.batch import IntArray, PersistentBatch, StepShape
+from penstock.execution.sampling.verification import VerifiedTokens
 
 NO_DISTRIBUTION = "The model gave no usable probabilities (NaN, infinite, or every token forbidden by the request)."
 
@@ -31,16 +32,31 @@ def add_samples(
     logprobs: list[TokenLogprobs],
 ) -> None:
     """Tokens [M] of the requests `keys`, or errors where `failed`; `logprobs` belong to the requests `logprob_rows` of them."""
-    if failed.any():
-        for row in np.flatnonzero(failed).tolist():
-            output.errors[keys[row]] = NO_DISTRIBUTION
-            output.prompt_logprobs.pop(keys[row], None)
+    _add_failures(output, keys, failed)
     output.sampled_token_ids = {key: [token_id] for key, token_id in zip(keys, token_ids.tolist(), strict=True)}
     for key in output.errors:
         del output.sampled_token_ids[key]
     for row, entry in zip(logprob_rows.tolist(), logprobs, strict=True):
         if keys[row] not in output.errors:
             output.logprobs[keys[row]] = [entry]
+
+
+def add_verified(output: RunnerOutput, keys: list[RequestKey], verified: VerifiedTokens) -> None:
+    """The new tokens of the requests `keys`, or errors where they failed."""
+    _add_failures(output, keys, verified.failed)
+    for index, (key, token_ids) in enumerate(zip(keys, verified.token_ids, strict=True)):
+        if key in output.errors:
+            continue
+        output.sampled_token_ids[key] = token_ids
+        if index in verified.logprobs:
+            output.logprobs[key] = verified.logprobs[index]
+
+
+def _add_failures(output: RunnerOutput, keys: list[RequestKey], failed: npt.NDArray[np.bool_]) -> None:
+    if failed.any():
+        for row in np.flatnonzero(failed).tolist():
+            output.errors[keys[row]] = NO_DISTRIBUTION
+            output.prompt_logprobs.pop(keys[row], None)
 
 
 @dataclass(frozen=True)

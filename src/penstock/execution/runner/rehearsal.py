@@ -82,6 +82,44 @@ def varied_steps(config: EngineConfig) -> list[SchedulerOutput]:
     return steps
 
 
+def verification_steps(config: EngineConfig, num_drafts: int, num_requests: int) -> list[SchedulerOutput]:
+    """Up to `num_requests` requests, as many as the token budget has room for, each of which verifies `num_drafts` drafts in one step. All
+    in block 0, as in `full_steps`. Nothing where not even one fits."""
+    num_tokens = 1 + num_drafts
+    num_requests = min(num_requests, config.max_num_seqs, config.max_num_batched_tokens // num_tokens)
+    if not num_drafts or num_requests < 1 or 1 + num_tokens > config.max_model_len:
+        return []
+    samplings = cycle((_SMALL_SAMPLING, _FULL_SAMPLING))
+    blocks = [0] * -(-(2 + num_tokens) // config.block_size)
+    new = [
+        replace(_request(f"drafts/{index}", 1, config, next(samplings)), block_ids=blocks)
+        for index in range(num_requests)
+    ]
+    keys = [request.key for request in new]
+    verification = SchedulerOutput(
+        0,
+        cached_requests=[CachedRequest(key, [], 1) for key in keys],
+        num_scheduled_tokens=dict.fromkeys(keys, num_tokens),
+        draft_token_ids={key: [0] * num_drafts for key in keys},
+    )
+    prefill = SchedulerOutput(0, new_requests=new, num_scheduled_tokens=dict.fromkeys(keys, 1))
+    return [prefill, verification, SchedulerOutput(0, finished_keys=keys)]
+
+
+def proposal_steps(config: EngineConfig, num_drafts: int, num_blocks: int) -> list[SchedulerOutput]:
+    """A short prompt behind which drafts are proposed, within `num_blocks` blocks; nothing where there is no room for that."""
+    length = min(_SMALL_PREFILL, config.max_num_batched_tokens)
+    end = length + 1 + num_drafts
+    if not num_drafts or end > min(config.max_model_len, num_blocks * config.block_size):
+        return []
+    blocks = list(range(-(-end // config.block_size)))
+    new = replace(_request("proposals/0", length, config, _SMALL_SAMPLING), block_ids=blocks)
+    step = SchedulerOutput(
+        0, new_requests=[new], num_scheduled_tokens={new.key: length}, num_proposals={new.key: num_drafts}
+    )
+    return [step, SchedulerOutput(0, finished_keys=[new.key])]
+
+
 def _mixed(num_decodes: int, tokens: int, config: EngineConfig, sampling: SamplingParams) -> list[SchedulerOutput]:
     """A prefill behind decodes in one step, and what has to be before and after it."""
     decoding = [_request(f"decode/{index}", 1, config, sampling) for index in range(num_decodes)]

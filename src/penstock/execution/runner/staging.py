@@ -1,7 +1,7 @@
 """What the host sends to the device for a step, packed into one piece of pinned memory and copied once.
 
-    [ rows: slots | starts | query_start | sample_index ][ token ids and block ids ][ runs ][ what else a step needs ]
-      always at the same place                             as far as they fit
+    [ rows: slots | starts | query_start | … ][ token ids and block ids ][ runs ][ what else a step needs ]
+      always at the same place                  as far as they fit
 
 There is one piece more than steps may be in flight. A piece is written to again when the device has copied it, which with steps taken in
 order is always so by then: nobody waits.

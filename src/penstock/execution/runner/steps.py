@@ -8,7 +8,6 @@ from typing import Protocol
 from penstock.core.errors import IntegrityError
 from penstock.engine.executor import StepHandle
 from penstock.engine.step import RunnerOutput, SchedulerOutput
-from penstock.execution.runner.model_runner import ModelRunner
 
 
 class Steps(Protocol):
@@ -20,6 +19,14 @@ class Steps(Protocol):
 
     def close(self) -> None:
         """Wait for the steps in flight, then release model and caches. Idempotent."""
+        ...
+
+
+class StepRunner(Protocol):
+    """What runs steps on the host: a ModelRunner, or a stage of a pipeline."""
+
+    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+        """See ModelRunner."""
         ...
 
 
@@ -52,10 +59,10 @@ class _SubmittedStep:
 
 
 class HostSteps:
-    """Steps of a ModelRunner. With `threaded`, one worker thread runs them, and the caller prepares the next one meanwhile."""
+    """Steps of a runner. With `threaded`, one worker thread runs them, and the caller prepares the next one meanwhile."""
 
-    def __init__(self, runner: ModelRunner, *, threaded: bool) -> None:
-        self._runner: ModelRunner | None = runner
+    def __init__(self, runner: StepRunner, *, threaded: bool) -> None:
+        self._runner: StepRunner | None = runner
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="penstock-runner") if threaded else None
 
     def submit(self, step: SchedulerOutput) -> StepHandle:

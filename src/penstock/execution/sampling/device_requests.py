@@ -25,6 +25,7 @@ from penstock.execution.kernels.triton.sampling import (
     SamplingTables,
 )
 from penstock.execution.kernels.triton.sampling_keys import end_key
+from penstock.execution.sampling.device_waves import send
 from penstock.execution.sampling.masks import biases, forbidden_before_end
 from penstock.execution.sampling.penalties import count_tokens, uses_penalties
 from penstock.execution.sampling.random import stream_keys
@@ -134,6 +135,10 @@ class DeviceRequests:
             num_top=self._num_top[slots],
         )
 
+    def counted(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Which of them have penalties, so that what they sample depends on the tokens before."""
+        return self._counted[slots]
+
     def add(
         self,
         slot: int,
@@ -187,7 +192,7 @@ class DeviceRequests:
         for _, fills, entries in pools:
             parts += [np.array(rows, dtype=np.int64) for rows in fills.values()]
             parts += [entries[:, 0], entries[:, 1]]
-        sent = iter(self._send(parts))
+        sent = iter(send(parts, self._device))
         self._parameters.index_copy_(0, next(sent), next(sent).view(len(slots), PARAMETER_WORDS))
         for pool, fills, entries in pools:
             for fill in fills:
@@ -195,13 +200,6 @@ class DeviceRequests:
             places, bits = next(sent), next(sent)
             if len(entries):
                 pool.write(places, bits)
-
-    def _send(self, parts: list[IntArray]) -> tuple[Tensor, ...]:
-        """The arrays on the device, after one copy."""
-        packed = torch.from_numpy(np.concatenate(parts))
-        if self._device.type == "cuda":
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
-        return torch.split(packed, [len(part) for part in parts])
 
     def _take_states(
         self, slot: int, stops: list[int], prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]

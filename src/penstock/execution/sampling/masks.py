@@ -1,4 +1,4 @@
-"""What a request may not or should rather say: logit_bias, allowed_token_ids, min_tokens.
+"""What a request may not or should rather say: logit_bias, allowed_token_ids, min_tokens, and the masks of a grammar.
 
 Token ids outside the vocabulary are ignored here; the edge refuses them before they come this far.
 """
@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from penstock.core.errors import IntegrityError
 from penstock.core.types import SamplingParams
+from penstock.execution.kernels.native import native_available
+from penstock.execution.kernels.sampling import can_read, mask_logits
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,26 @@ def forbidden_before_end(params: SamplingParams, eos_token_ids: tuple[int, ...],
         return []
     stop_ids = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
     return valid_token_ids(stop_ids, vocab_size)
+
+
+def forbid(logits: Tensor, masks: TokenMasks) -> None:
+    """Minus infinity, in place, for tokens that are not allowed; what is not a number, or infinite, becomes or stays not a number.
+
+    logits: float32 [M, V]. Raises IntegrityError for masks of another vocabulary.
+    """
+    vocab_size = logits.shape[1]
+    if masks.bits.shape != (len(masks.rows), (vocab_size + 7) // 8):
+        raise IntegrityError(f"masks of {masks.bits.shape} bytes for {len(masks.rows)} rows of {vocab_size} tokens")
+    if native_available() and can_read(logits):
+        mask_logits(logits, masks.rows, masks.bits)
+    else:
+        torch_forbid(logits, masks)
+
+
+def torch_forbid(logits: Tensor, masks: TokenMasks) -> None:
+    """`forbid` with torch's operators, on any device."""
+    allowed = np.unpackbits(masks.bits, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    rows = torch.from_numpy(masks.rows).to(logits.device)
+    with torch.inference_mode():  # what was made there may be overwritten only there
+        some = logits[rows]
+        logits[rows] = torch.where(torch.from_numpy(allowed).to(logits.device), some, some - torch.inf)

@@ -1,11 +1,12 @@
-"""Random numbers as a pure function of (seed, sample index, position, stream).
+"""Random numbers as a pure function of (seed, sample index, position, stream, number).
 
 Nothing is stored and nothing is consumed: a request that is preempted, resumed on another engine, or scheduled in another batch
 draws the same numbers at the same positions. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014), which allows random access: its n-th output is mix(start + (n + 1) * GAMMA).
 
-    key(seed, sample_index)     = output number sample_index of the generator started at mix(seed)
-    bits(key, position, stream) = output number position * NUM_STREAMS + stream of the generator started at key
+    key(seed, sample_index)      = output number sample_index of the generator started at mix(seed)
+    start(key, position, stream) = output number position * NUM_STREAMS + stream of the generator started at key
+    uniform(start, number)       = output number `number` of the generator started at start, as a number between 0 and 1
 
 Only wrapping 64-bit integer arithmetic, and one exact conversion to float64: the same bits on every device.
 """
@@ -21,11 +22,11 @@ NUM_STREAMS = 4
 
 
 class Stream(IntEnum):
-    """What a number is drawn for. One position may need several independent numbers."""
+    """What numbers are drawn for. One position may need several independent series; there is room for NUM_STREAMS of them.
+
+    Verifying drafts needs none of its own: it draws what plain decoding draws."""
 
     SAMPLE = 0
-    ACCEPT = 1
-    RESAMPLE = 2
 
 
 def _signed(value: int) -> int:
@@ -43,9 +44,14 @@ def stream_keys(seeds: Tensor, sample_indices: Tensor) -> Tensor:
     return _mix(_mix(seeds) + (sample_indices + 1) * _GAMMA)
 
 
-def uniforms(keys: Tensor, positions: Tensor, stream: Stream = Stream.SAMPLE) -> Tensor:
-    """Numbers strictly between 0 and 1, float64 [M], for keys and positions, int64 [M]."""
-    bits = _mix(keys + (positions * NUM_STREAMS + (int(stream) + 1)) * _GAMMA)
+def position_starts(keys: Tensor, positions: Tensor, stream: Stream = Stream.SAMPLE) -> Tensor:
+    """Where the numbers of one position and stream start, int64 [M], for keys and positions, int64 [M]."""
+    return _mix(keys + (positions * NUM_STREAMS + (int(stream) + 1)) * _GAMMA)
+
+
+def uniforms(starts: Tensor, numbers: Tensor) -> Tensor:
+    """Random numbers strictly between 0 and 1, float64, for starts and numbers, int64 of shapes that go together."""
+    bits = _mix(starts + (numbers + 1) * _GAMMA)
     # 52 bits, so that the added half is exact and neither 0 nor 1 can come out.
     return (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from penstock.execution.sampling.draw import draw, row_maxima
 from penstock.execution.sampling.filters import min_p_thresholds, scale_logits, thresholds
 from penstock.execution.sampling.penalties import penalised
-from penstock.execution.sampling.random import Stream, uniforms
+from penstock.execution.sampling.random import Stream, position_starts
 from penstock.execution.sampling.requests import SamplingRequests
 from penstock.execution.sampling.token_lists import TokenLists
 
@@ -94,4 +94,4 @@ def _draw(logits: Tensor, maxima: Tensor, requests: SamplingRequests, slots: Int
         smallest = min_p_thresholds(min_p)
     if smallest is not None:
         weights.masked_fill_(scaled < smallest.unsqueeze(1), 0.0)
-    return draw(weights, uniforms(keys, torch.from_numpy(positions).to(logits.device), Stream.SAMPLE))
+    return draw(weights, position_starts(keys, torch.from_numpy(positions).to(logits.device), Stream.SAMPLE))

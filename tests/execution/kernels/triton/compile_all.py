@@ -12,6 +12,7 @@ from tests.execution.kernels.triton import (
     compile_block_moves,
     compile_cache_write,
     compile_linear,
+    compile_moe,
     compile_rows,
     compile_sampling,
     compile_step_inputs,
@@ -21,7 +22,7 @@ from tests.execution.kernels.triton import (
 def main(capability: int, *, everything: bool) -> None:
     for small in (compile_block_moves, compile_cache_write, compile_rows, compile_step_inputs):
         small.compile_kernels(capability)
-    for large in (compile_attention, compile_linear, compile_sampling):
+    for large in (compile_attention, compile_linear, compile_moe, compile_sampling):
         large.compile_kernels(capability, everything=everything)
 
 

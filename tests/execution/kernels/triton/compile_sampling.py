@@ -14,6 +14,7 @@ from penstock.execution.kernels.triton.sampling import (
 )
 from penstock.execution.kernels.triton.sampling_draw import draw_tokens
 from penstock.execution.kernels.triton.sampling_keys import pivot_distances
+from penstock.execution.kernels.triton.token_masks import forbid_tokens
 from penstock.testing.triton_compile import check_resources, compile_only
 
 CPU = torch.device("cpu")
@@ -35,6 +36,7 @@ def compile_for(capability: int, vocab_size: int, dtype: torch.dtype) -> None:
         sampled = choose_largest(logits, slots, positions, tables, workspace, edit=edit, count=edit)
         for filtered in (False, True):
             draw_tokens(logits, slots, positions, pivots, tables, workspace, sampled, filtered=filtered, count=edit)
+        forbid_tokens(logits, slots, torch.zeros(ROWS, -(-vocab_size // 8), dtype=torch.uint8))
         find_top_logprobs(logits, slots, slots, sampled.token_ids, 20)
     check_resources(compiled)
 

@@ -39,16 +39,19 @@ def compile_kernels(capability: int) -> None:
             tensors = make_tensors(block_size)
             for num_requests in (1, 16, 255):
                 step_inputs.prepare_inputs(
-                    staging[: 4 * 260].view(4, 260),
+                    staging[: 5 * 260].view(5, 260),
                     tensors,
                     num_requests=num_requests,
-                    num_rows=num_requests + 1,
+                    num_tokens=num_requests,
                     max_count=1,
                     max_seq_len=CONTEXT,
+                    filled_requests=num_requests + 1,
+                    filled_tokens=num_requests * 4,
+                    query_len=num_requests % 16,
                 )
-            runs = staging[1040:1048].view(2, 4)
-            step_inputs.write_runs(tensors.token_ids, runs, staging[1048:], CONTEXT)
-            step_inputs.write_runs(tensors.block_table, runs, staging[1048:], 1)
+            runs = staging[1300:1308].view(2, 4)
+            step_inputs.write_runs(tensors.token_ids, runs, staging[1308:], CONTEXT)
+            step_inputs.write_runs(tensors.block_table, runs, staging[1308:], 1)
             for count in (1, 16, 255):
                 chosen = torch.empty(count, dtype=torch.int64)
                 step_inputs.append_tokens(tensors, chosen, torch.empty(count, dtype=torch.bool))

@@ -13,6 +13,7 @@ from penstock.execution.kernels.triton import step_inputs
 from penstock.execution.kernels.triton.step_inputs import StepTensors
 
 SLOTS, REQUESTS, TOKENS, CONTEXT, BLOCKS = 6, 5, 600, 700, 43
+SAMPLES = 12
 
 
 def random_tensors(device: torch.device, block_size: int = 16) -> StepTensors:
@@ -36,10 +37,10 @@ def random_tensors(device: torch.device, block_size: int = 16) -> StepTensors:
         seq_lens=int32(REQUESTS),
         block_tables=int32(REQUESTS, BLOCKS + 1),
         request_slots=int64(REQUESTS),
-        logit_rows=int64(REQUESTS),
-        sample_slots=int64(REQUESTS),
-        sample_positions=int64(REQUESTS),
-        sampled=int64(REQUESTS),
+        logit_rows=int64(SAMPLES),
+        sample_slots=int64(SAMPLES),
+        sample_positions=int64(SAMPLES),
+        sampled=int64(SAMPLES),
     )
 
 
@@ -49,49 +50,86 @@ def assert_equal(found: StepTensors, expected: StepTensors) -> None:
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other, field.name
 
 
+@dataclasses.dataclass
+class Step:
+    """Requests of a step; `drafts` of those that sample, whose tokens are all computed then, -1 for the others."""
+
+    slots: list[int]
+    starts: list[int]
+    counts: list[int]
+    drafts: list[int]
+    filled_requests: int = 0
+    filled_tokens: int = 0
+    query_len: int = 0
+
+    @property
+    def rows(self) -> Tensor:
+        rows = torch.full((5, 8), -7, dtype=torch.int32)
+        count = len(self.slots)
+        rows[0, :count] = torch.tensor(self.slots)
+        rows[1, :count] = torch.tensor(self.starts)
+        rows[2, : count + 1] = torch.tensor([0, *self.counts]).cumsum(0)
+        drafts = torch.tensor(self.drafts)
+        samples = drafts + 1
+        rows[3, :count] = torch.where(samples > 0, samples.cumsum(0) - samples, -1)
+        rows[4, :count] = drafts.clamp(min=0)
+        return rows
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        return {
+            "num_requests": len(self.slots),
+            "num_tokens": len(self.slots) * self.query_len or sum(self.counts),
+            "max_count": max(self.counts),
+            "max_seq_len": max(ends),
+            "filled_requests": self.filled_requests,
+            "filled_tokens": self.filled_tokens,
+            "query_len": self.query_len,
+        }
+
+
 @pytest.mark.parametrize(
-    ("slots", "starts", "counts", "sampling", "num_rows"),
+    "step",
     [
-        ([3], [0], [1], [0], 1),
-        ([3, 0], [699, 15], [1, 1], [0, 1], 5),  # decodes with padding behind them, one at the end of its context
-        ([5, 1, 2], [16, 0, 300], [1, 257, 300], [0, 2], 3),  # chunks of several programs
-        ([4, 2], [31, 650], [2, 50], [], 2),
+        Step([3], [0], [1], [0]),
+        # Decodes with padding behind them, one at the end of its context.
+        Step([3, 0], [699, 15], [1, 1], [0, 0], 5, 600),
+        # Chunks of several programs.
+        Step([5, 1, 2], [16, 0, 300], [1, 257, 300], [0, -1, 0]),
+        Step([4, 2], [31, 650], [2, 50], [-1, -1]),
+        # A decode, drafts, and a prompt behind them; then drafts that were recorded with room for one more.
+        Step([4, 2, 0, 1], [31, 640, 15, 2], [1, 4, 2, 9], [0, 3, 1, -1]),
+        Step([4, 2, 0], [31, 640, 15], [1, 4, 2], [0, 3, 1], 5, 25, query_len=5),
+        Step([1], [40], [3], [2], query_len=3),
     ],
 )
-def test_inputs(
-    slots: list[int],
-    starts: list[int],
-    counts: list[int],
-    sampling: list[int],
-    num_rows: int,
-    device: torch.device,
-) -> None:
-    rows = torch.full((4, 8), -7, dtype=torch.int32)
-    num_requests = len(slots)
-    rows[0, :num_requests] = torch.tensor(slots)
-    rows[1, :num_requests] = torch.tensor(starts)
-    rows[2, : num_requests + 1] = torch.tensor([0, *counts]).cumsum(0)
-    rows[3, :num_requests] = -1
-    rows[3, sampling] = torch.arange(len(sampling), dtype=torch.int32)
+def test_inputs(step: Step, device: torch.device) -> None:
     found = random_tensors(device)
     expected = copy.deepcopy(found)
-    sizes = {
-        "num_requests": num_requests,
-        "num_rows": num_rows,
-        "max_count": max(counts),
-        "max_seq_len": max(start + count for start, count in zip(starts, counts, strict=True)),
-    }
-    step_inputs.prepare_inputs(rows.to(device), found, **sizes)
-    step_inputs.prepare_inputs_twin(rows.to(device), expected, **sizes)
+    rows, sizes = step.rows.to(device), step.sizes
+    step_inputs.prepare_inputs(rows, found, **sizes)
+    step_inputs.prepare_inputs_twin(rows, expected, **sizes)
     assert_equal(found, expected)
-    # The twin is short, but not beyond doubt: the last token of the last request, and the padding.
-    total, end = sum(counts), starts[-1] + counts[-1]
+    # The twin is short, but not beyond doubt: the last token of the last request, what is sampled behind it, and the padding.
+    total, end, slot = sizes["num_tokens"], step.starts[-1] + step.counts[-1], step.slots[-1]
     assert found.positions[total - 1] == end - 1
-    assert found.input_ids[total - 1] == found.token_ids[slots[-1], end - 1]
-    assert found.slot_mapping[total - 1] == int(found.block_table[slots[-1], (end - 1) // 16]) * 16 + (end - 1) % 16
-    if num_rows > num_requests:
-        assert found.slot_mapping[num_requests:num_rows].tolist() == [-1] * (num_rows - num_requests)
-        assert found.seq_lens[num_requests:num_rows].tolist() == [0] * (num_rows - num_requests)
+    assert found.input_ids[total - 1] == found.token_ids[slot, end - 1]
+    assert found.slot_mapping[total - 1] == int(found.block_table[slot, (end - 1) // 16]) * 16 + (end - 1) % 16
+    if step.drafts[-1] >= 0:
+        last = sum(drafts + 1 for drafts in step.drafts) - 1
+        samples = slice(last - step.drafts[-1], last + 1)
+        assert found.sample_positions[samples].tolist() == list(range(end - step.drafts[-1], end + 1))
+        assert found.logit_rows[samples].tolist() == list(range(total - 1 - step.drafts[-1], total))
+        assert found.sample_slots[samples].tolist() == [slot] * (step.drafts[-1] + 1)
+    assert (found.slot_mapping[total : step.filled_tokens] == -1).all()
+    assert (found.seq_lens[len(step.slots) : step.filled_requests] == 0).all()
+    if step.query_len:
+        written = found.slot_mapping[:total].view(-1, step.query_len) >= 0
+        assert written.sum(dim=1).tolist() == step.counts
+        assert found.query_start[: len(step.slots) + 1].tolist() == [
+            step.query_len * request for request in range(len(step.slots) + 1)
+        ]
 
 
 def test_runs(device: torch.device) -> None:
@@ -108,8 +146,8 @@ def test_runs(device: torch.device) -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_sampled_tokens(count: int, device: torch.device) -> None:
     tensors = random_tensors(device)
-    tensors.sample_slots.copy_(torch.tensor([2, 0, 5, 1, 4]))
-    tensors.sample_positions.copy_(torch.tensor([700, 0, 3, 44, 9]))
+    tensors.sample_slots[:5] = torch.tensor([2, 0, 5, 1, 4])
+    tensors.sample_positions[:5] = torch.tensor([700, 0, 3, 44, 9])
     expected = copy.deepcopy(tensors)
     token_ids = torch.tensor([7, 0, 131_071, 5, 6], device=device)[:count]
     failed = torch.tensor([False, True, False, False, True], device=device)[:count]

@@ -16,6 +16,7 @@ from penstock.execution.kernels.triton.sampling import (
     choose_largest,
 )
 from penstock.execution.kernels.triton.sampling_keys import end_key
+from penstock.execution.kernels.triton.token_masks import forbid_tokens, forbid_tokens_twin
 from penstock.execution.sampling.logprobs import torch_token_logprobs
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -86,6 +87,25 @@ def test_alternatives_that_are_forbidden_come_last(device: torch.device) -> None
     assert top_ids.tolist() == [[5, 2049, 0, 1]]
     assert float(logprobs[0]) == float(top_logprobs[0, 1])
     assert top_logprobs[0, 2:].tolist() == [-torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [1, 203, 4099])
+def test_forbidden_tokens(dtype: torch.dtype, vocab_size: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    bits = torch.randint(256, (2, -(-vocab_size // 8)), dtype=torch.uint8, generator=generator).to(device)
+    logits, rows = _logits(4, vocab_size, dtype, device), torch.tensor([3, 1], device=device)
+    # What is no number stays none, whether it is allowed or not.
+    logits[1, :5] = torch.nan
+    expected = logits.clone()
+    forbid_tokens(logits, rows, bits)
+    forbid_tokens_twin(expected, rows, bits)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
+    for row, number in ((3, 0), (1, 1)):
+        for token in range(0, vocab_size, 37):
+            allowed = int(bits[number, token // 8]) >> (token % 8) & 1
+            assert (logits[row, token] == -torch.inf) != bool(allowed) or bool(logits[row, token].isnan())
+    assert bool(logits[[0, 2]].isfinite().all())
 
 
 def test_end_keys_order_as_probabilities_do() -> None:

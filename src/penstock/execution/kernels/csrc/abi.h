@@ -13,7 +13,7 @@
 #endif
 
 // Raised whenever a structure or function below changes; Python refuses a library with another number.
-constexpr int32_t PENSTOCK_ABI_VERSION = 1;
+constexpr int32_t PENSTOCK_ABI_VERSION = 2;
 
 enum WeightKind : int32_t { WEIGHT_FLOAT32 = 0, WEIGHT_BFLOAT16 = 1, WEIGHT_FLOAT16 = 2, WEIGHT_INT8 = 3, WEIGHT_INT4 = 4 };
 

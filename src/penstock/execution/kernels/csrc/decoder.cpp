@@ -6,20 +6,29 @@
 //
 //     residual ─┬─ norm ─ qkv ─ rotate, write KV ─ attention ─ o ─(+)─┬─ norm ─ gate, up ─ silu * ─ down ─(+)─ …
 //               └─────────────────────────────────────────────────┘   └──────────────────────────────────┘
+//
+// In place of gate, up and down a layer may have a mixture of experts (moe.h), before which its router multiplies the same norm.
+//
+// With tensor parallelism every rank has a part of each layer, and o and down give a part of what is to be added. Rank 0 adds its part to
+// the residual, the others put theirs in its place, and then the residuals are summed over the ranks: the sum needs no memory of its own.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
+#include <vector>
 
 #include "abi.h"
 #include "kernels.h"
 #include "layer.h"
+#include "moe.h"
 #include "team.h"
 
 namespace penstock {
 
-// One layer's weights. Norm weights are float32; q_norm and k_norm are null where heads are not normalised.
+// One layer's weights. Norm weights are float32; q_norm and k_norm are null where heads are not normalised. A layer has gate_up and down, or
+// router and experts; the others are null.
 struct DecoderLayer {
     const float* input_norm;
     const float* post_attention_norm;
@@ -29,9 +38,14 @@ struct DecoderLayer {
     const LinearLayer* o;
     const LinearLayer* gate_up;
     const LinearLayer* down;
+    const LinearLayer* router;
+    const ExpertLayer* experts;
     int32_t sliding_window;  // 0: none
 };
 
+// num_heads, num_kv_heads and intermediate_size are those of this rank. final_norm: null where another process has it; the result is then
+// the residual. all_reduce: replaces `count` floats by their sum over all ranks, the same bits on each, and answers 0, or something else
+// when a rank is gone; null when there is one rank.
 struct DecoderSpec {
     int32_t num_layers;
     int32_t num_heads, num_kv_heads, head_dim;
@@ -39,10 +53,13 @@ struct DecoderSpec {
     float norm_eps;
     const float* final_norm;
     const DecoderLayer* layers;
+    int32_t (*all_reduce)(void* context, float* data, int64_t count);
+    void* reduce_context;
+    int32_t rank;
 };
 
-// One step; see attention/context.py for the metadata. residual [T, hidden_size] holds the embeddings and is overwritten; hidden [T, hidden_size]
-// gets the normalised output. caches: one per layer.
+// One step; see attention/context.py for the metadata. residual [T, hidden_size] holds the embeddings, or what the layers before these
+// gave, and is overwritten; hidden [T, hidden_size] gets the normalised output. caches: one per layer.
 struct DecoderStep {
     int64_t num_tokens;
     float* residual;
@@ -89,17 +106,27 @@ class Decoder {
   public:
     explicit Decoder(const DecoderSpec& spec) : spec_(spec) {}
 
-    void forward(const DecoderStep& step) {
+    // False when a sum over ranks has failed.
+    bool forward(const DecoderStep& step) {
         plan(step);
+        failed_ = false;
+        const std::thread::id caller = std::this_thread::get_id();
         run_team([&](Team& team) {
+            const bool speaks = std::this_thread::get_id() == caller;
+            ExpertWork* mixture = mixtures_.data();
             for (int32_t index = 0; index < spec_.num_layers; ++index) {
                 const DecoderLayer& layer = spec_.layers[index];
                 attend(team, step, layer, step.caches[index]);
-                feed_forward(team, step, layer);
+                if (!sum_over_ranks(team, step, speaks)) return;
+                if (layer.experts == nullptr) feed_forward(team, step, layer);
+                else mix_experts(team, step, layer, *mixture++);
+                if (!sum_over_ranks(team, step, speaks)) return;
             }
+            if (spec_.final_norm == nullptr) return;
             Rows target{ROW_FLOAT32, 0, spec_.hidden_size, spec_.hidden_size, step.hidden, nullptr, nullptr, nullptr};
             norm(team, step, spec_.final_norm, &target, 1);
         });
+        return !failed_;
     }
 
   private:
@@ -122,18 +149,25 @@ class Decoder {
 
     // Lay out the workspace for this step.
     //
-    //   qkv | attended | gate_up | rows (the input of one linear layer) | attention partials
+    //   qkv | attended | gate_up | rows (the input of one linear layer) | attention partials | normalised | logits of the router | experts
     void plan(const DecoderStep& step) {
         const int64_t tokens = step.num_tokens;
-        int64_t rows = 0, partials = 0;
+        int64_t rows = 0, partials = 0, logits = 0, experts = 0;
+        mixtures_.clear();
         for (int32_t index = 0; index < spec_.num_layers; ++index) {
             const DecoderLayer& layer = spec_.layers[index];
-            for (const LinearLayer* linear : {layer.qkv, layer.o, layer.gate_up, layer.down})
-                rows = std::max(rows, layer_input_bytes(*linear, tokens));
+            for (const LinearLayer* linear : {layer.qkv, layer.o, layer.gate_up, layer.down, layer.router})
+                if (linear != nullptr) rows = std::max(rows, layer_input_bytes(*linear, tokens));
+            if (layer.experts != nullptr) {
+                mixtures_.emplace_back(*layer.experts, tokens);
+                logits = std::max(logits, tokens * layer.experts->num_experts);
+                experts = std::max(experts, mixtures_.back().bytes());
+            }
             partials = std::max(partials, kernels().attention_partial_floats(attention_call(step, layer, KVCacheLayer{})));
         }
         const int64_t sizes[] = {aligned(tokens * qkv_width() * 4), aligned(tokens * query_width() * 4),
-                                 aligned(tokens * 2 * spec_.intermediate_size * 4), aligned(rows), aligned(partials * 4)};
+                                 aligned(tokens * 2 * spec_.intermediate_size * 4), aligned(rows), aligned(partials * 4),
+                                 mixtures_.empty() ? 0 : aligned(tokens * spec_.hidden_size * 4), aligned(logits * 4), aligned(experts)};
         int64_t total = 0;
         for (int64_t size : sizes) total += size;
         workspace_.reserve(total);
@@ -142,7 +176,19 @@ class Decoder {
         attended_ = reinterpret_cast<float*>(next), next += sizes[1];
         gate_up_ = reinterpret_cast<float*>(next), next += sizes[2];
         rows_ = next, next += sizes[3];
-        partials_ = reinterpret_cast<float*>(next);
+        partials_ = reinterpret_cast<float*>(next), next += sizes[4];
+        normalized_ = reinterpret_cast<float*>(next), next += sizes[5];
+        logits_ = reinterpret_cast<float*>(next), next += sizes[6];
+        for (ExpertWork& mixture : mixtures_) mixture.use(next);
+    }
+
+    // Sum the residual over the ranks. Only the thread that called forward() speaks to the others: it is the one that Python knows. Every
+    // thread gets the same answer: whether that went well.
+    bool sum_over_ranks(Team& team, const DecoderStep& step, bool speaks) {
+        if (spec_.all_reduce == nullptr) return true;
+        if (speaks) failed_ = spec_.all_reduce(spec_.reduce_context, step.residual, step.num_tokens * spec_.hidden_size) != 0;
+        team.for_tiles(0, [](int64_t) {});
+        return !failed_;
     }
 
     // Rows in tiles: one claim of the counter for a few of them.
@@ -182,7 +228,7 @@ class Decoder {
             for (int32_t i = 0; i < o_input.num_rows; ++i)
                 kernels().emit_row(attended_ + row * query_width(), o_input.rows[i], row);
         });
-        multiply(team, *layer.o, o_input, tokens, step.residual, spec_.hidden_size, true);
+        multiply(team, *layer.o, o_input, tokens, step.residual, spec_.hidden_size, spec_.rank == 0);
     }
 
     void feed_forward(Team& team, const DecoderStep& step, const DecoderLayer& layer) {
@@ -194,7 +240,17 @@ class Decoder {
         const LayerInput down_input = layer_input(*layer.down, tokens, rows_);
         const SiluCall silu{gate_up_, spec_.intermediate_size, down_input.rows, down_input.num_rows};
         for_rows(team, tokens, [&](int64_t row) { kernels().silu_row(silu, row); });
-        multiply(team, *layer.down, down_input, tokens, step.residual, spec_.hidden_size, true);
+        multiply(team, *layer.down, down_input, tokens, step.residual, spec_.hidden_size, spec_.rank == 0);
+    }
+
+    void mix_experts(Team& team, const DecoderStep& step, const DecoderLayer& layer, ExpertWork& mixture) {
+        const int64_t tokens = step.num_tokens, hidden = spec_.hidden_size, experts = layer.experts->num_experts;
+        const LayerInput input = layer_input(*layer.router, tokens, rows_);
+        Rows targets[4] = {{ROW_FLOAT32, 0, hidden, hidden, normalized_, nullptr, nullptr, nullptr}};
+        std::copy(input.rows, input.rows + input.num_rows, targets + 1);
+        norm(team, step, layer.post_attention_norm, targets, 1 + input.num_rows);
+        multiply(team, *layer.router, input, tokens, logits_, experts, false);
+        mixture.run(team, normalized_, logits_, step.residual, spec_.rank == 0);
     }
 
     void multiply(Team& team, const LinearLayer& layer, const LayerInput& input, int64_t tokens, float* output, int64_t stride,
@@ -206,8 +262,10 @@ class Decoder {
     const DecoderSpec spec_;
     const float scale_ = 1.0f / std::sqrt(static_cast<float>(spec_.head_dim));
     Workspace workspace_;
-    float *qkv_ = nullptr, *attended_ = nullptr, *gate_up_ = nullptr, *partials_ = nullptr;
+    float *qkv_ = nullptr, *attended_ = nullptr, *gate_up_ = nullptr, *partials_ = nullptr, *normalized_ = nullptr, *logits_ = nullptr;
+    std::vector<ExpertWork> mixtures_;  // of the layers that have one, in their order
     char* rows_ = nullptr;
+    bool failed_ = false;  // written before a barrier, read after it
 };
 
 }  // namespace
@@ -220,12 +278,11 @@ PENSTOCK_EXPORT void* penstock_decoder_create(const penstock::DecoderSpec* spec)
 
 PENSTOCK_EXPORT void penstock_decoder_destroy(void* decoder) { delete static_cast<penstock::Decoder*>(decoder); }
 
-// 0: done. 1: out of memory; nothing has been computed.
+// 0: done. 1: out of memory; nothing has been computed. 2: the sum over ranks has failed.
 PENSTOCK_EXPORT int32_t penstock_decoder_forward(void* decoder, const penstock::DecoderStep* step) {
     try {
-        static_cast<penstock::Decoder*>(decoder)->forward(*step);
+        return static_cast<penstock::Decoder*>(decoder)->forward(*step) ? 0 : 2;
     } catch (const std::bad_alloc&) {
         return 1;
     }
-    return 0;
 }

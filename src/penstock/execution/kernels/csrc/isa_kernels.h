@@ -45,6 +45,7 @@ const KernelTable PENSTOCK_JOIN(kernels_, PENSTOCK_ISA) = {
     PENSTOCK_ISA::dequantize_row,
     PENSTOCK_ISA::norm_row,
     PENSTOCK_ISA::silu_row,
+    PENSTOCK_ISA::mix_row,
     PENSTOCK_ISA::rotary_row,
     PENSTOCK_ISA::attention_partial_floats,
     PENSTOCK_ISA::attention_tiles,

@@ -56,6 +56,17 @@ struct SiluCall {
     int32_t num_targets;
 };
 
+// output (+)= the sum over i of weights[i] * row places[i] of input, in the order of i; rows of `features` floats. A place of -1 is left out.
+struct MixCall {
+    const float* input;
+    int64_t features;
+    const int32_t* places;
+    const float* weights;
+    int32_t count;
+    float* output;
+    bool accumulate;
+};
+
 // Rotate queries and keys of qkv [T, (H + 2 KVH) * D] in place by cos_sin [positions][D]: D/2 cosines, then D/2 sines; halves form pairs as in
 // layers/rotary.py. With q_norm and k_norm [D], heads are normalised first. Then write keys and values into the cache at slot_mapping.
 struct RotaryCall {
@@ -104,6 +115,7 @@ struct KernelTable {
     // Row by row. (rows.h)
     void (*norm_row)(const NormCall& call, int64_t row);
     void (*silu_row)(const SiluCall& call, int64_t row);
+    void (*mix_row)(const MixCall& call);
     void (*rotary_row)(const RotaryCall& call, int64_t row);
     // Attention. (attention.h) tiles → tile … → merge_tiles → merge_tile …
     int64_t (*attention_partial_floats)(const AttentionCall& call);

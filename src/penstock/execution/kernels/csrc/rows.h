@@ -1,4 +1,4 @@
-// Work on single rows of activations: RMSNorm, SiLU of the gate times up, rotation of queries and keys. Uses scratch slots 4 to 6.
+// Work on single rows of activations: RMSNorm, SiLU of the gate times up, weighted sums, rotation of queries and keys. Uses scratch slots 4 to 6.
 #include "kv_cache.h"
 
 // Sum of squares in one fixed order: four accumulators of 16 lanes, then what is left, feature by feature.
@@ -59,6 +59,29 @@ inline void silu_row(const SiluCall& call, int64_t row) {
         for (int64_t i = k; i < features; ++i) output[i] = tail[i - k] * up[i];
     }
     for (int32_t i = 0; i < call.num_targets; ++i) emit_row(output, call.targets[i], row);
+}
+
+// One output row; four lanes of 16 features at a time, so that rows are read in runs of four cache lines.
+inline void mix_row(const MixCall& call) {
+    const int64_t features = call.features;
+    int64_t k = 0;
+    for (; k + 64 <= features; k += 64) {
+        f32x16 sums[4];
+        for (int i = 0; i < 4; ++i) sums[i] = call.accumulate ? f32x16::load(call.output + k + 16 * i) : f32x16::zero();
+        for (int32_t n = 0; n < call.count; ++n) {
+            if (call.places[n] < 0) continue;
+            const f32x16 weight = f32x16::set(call.weights[n]);
+            const float* input = call.input + call.places[n] * features + k;
+            for (int i = 0; i < 4; ++i) sums[i] = sums[i] + weight * f32x16::load(input + 16 * i);
+        }
+        for (int i = 0; i < 4; ++i) sums[i].store(call.output + k + 16 * i);
+    }
+    for (; k < features; ++k) {
+        float sum = call.accumulate ? call.output[k] : 0.0f;
+        for (int32_t n = 0; n < call.count; ++n)
+            if (call.places[n] >= 0) sum = sum + call.weights[n] * call.input[call.places[n] * features + k];
+        call.output[k] = sum;
+    }
 }
 
 // Pairs (first[i], second[i]) turned by the angles whose cosines and sines are given.

@@ -3,6 +3,7 @@
 // The rules are those of execution/sampling/ (filters.py, draw.py, penalties.py, masks.py), whose functions are the twins of these. A row
 // is divided into blocks of 128 tokens, and each block's maximum tells which blocks may be left out of everything that follows.
 #include "select.h"
+#include "race.h"
 
 constexpr int64_t BLOCK = 128;
 // Blocks that usually hold the nucleus of top_p: at most so many, and at most a quarter of all.
@@ -16,16 +17,15 @@ struct LogitRow {
     int64_t vocab_size;
     int64_t blocks;
     float* block_maxima;   // [blocks]; later their weights
-    double* block_sums;    // [blocks]
+    float* block_sums;     // [blocks]
     float* weights;        // [blocks * BLOCK]
     float* memory;         // three times as many, for select.h
     float maximum;
     bool has_nan;
 
     LogitRow(const float* values, int64_t vocab) : logits(values), vocab_size(vocab), blocks((vocab + BLOCK - 1) / BLOCK) {
-        const int64_t small = blocks * static_cast<int64_t>(sizeof(double) + sizeof(float));
-        block_sums = static_cast<double*>(scratch(0, small + 64));
-        block_maxima = reinterpret_cast<float*>(block_sums + blocks);
+        block_sums = static_cast<float*>(scratch(0, (2 * blocks + 16) * 4));
+        block_maxima = block_sums + blocks;
         weights = static_cast<float*>(scratch(1, (blocks * BLOCK + 16) * 4));
         memory = static_cast<float*>(scratch(2, (blocks * BLOCK + 16 + threshold_floats(blocks * BLOCK)) * 4));
         find_maxima();
@@ -99,7 +99,7 @@ struct LogitRow {
             } else {
                 std::memset(target, 0, BLOCK * sizeof(float));
             }
-            block_sums[block] = static_cast<double>(reduce_add(sum));
+            block_sums[block] = reduce_add(sum);
         }
         for (int64_t block = 0; block < blocks; block += 16) {
             const f32x16 exponent = (load_some(block_maxima + block, blocks - block) - maxima) / divisor;
@@ -111,7 +111,7 @@ struct LogitRow {
 
     double total() const {
         double sum = 0.0;
-        for (int64_t block = 0; block < blocks; ++block) sum += block_sums[block];
+        for (int64_t block = 0; block < blocks; ++block) sum += static_cast<double>(block_sums[block]);
         return sum;
     }
 
@@ -147,47 +147,22 @@ struct LogitRow {
                     sum = sum + where_at_least(weight, bounds, weight);
                 }
             }
-            block_sums[block] = static_cast<double>(reduce_add(sum));
+            block_sums[block] = reduce_add(sum);
         }
     }
 
-    // The token at which the running sum of the weights of at least `bound`, by token id, exceeds `uniform` times their total.
-    int64_t draw(double uniform, float bound) const {
-        const double goal = total() * uniform;
-        double before = 0.0, reached = 0.0;
-        int64_t chosen = 0;
-        for (int64_t block = 0; block < blocks && reached <= goal; ++block) {
-            if (!(block_sums[block] > 0.0)) continue;
-            before = reached;
-            reached += block_sums[block];
-            chosen = block;
-        }
-        // The block's sum and the running sum inside it round differently: never step past the last token with weight.
-        int64_t last = chosen * BLOCK;
-        double running = 0.0;
-        for (int64_t token = chosen * BLOCK, end = end_of(chosen); token < end; ++token) {
-            if (!(weights[token] > 0.0f) || weights[token] < bound) continue;
-            last = token;
-            running += static_cast<double>(weights[token]);
-            if (before + running > goal) break;
-        }
-        return last;
+    // A token with a weight of at least `bound`, in proportion to the weights: a race of blocks, then one of the winner's tokens.
+    int64_t draw(uint64_t start, float bound) const {
+        Race of_blocks{start};
+        for (int64_t first = 0; first < blocks; first += FIELD)
+            of_blocks.run(0, first, block_sums + first, blocks - first < FIELD ? blocks - first : FIELD, 0.0f);
+        Race of_tokens{start};
+        const int64_t first = of_blocks.winner * BLOCK;
+        static_assert(BLOCK <= FIELD, "all tokens of a block run together");
+        of_tokens.run(FIRST_TOKEN, first, weights + first, end_of(of_blocks.winner) - first, bound);
+        return of_tokens.winner;
     }
 };
-
-// SplitMix64's mixing function; see execution/sampling/random.py.
-inline uint64_t mix_bits(uint64_t bits) {
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9u;
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EBu;
-    return bits ^ bits >> 31;
-}
-
-// Strictly between 0 and 1: number `position * 4` (four streams, of which this is the first) of the generator that starts at `key`.
-inline double uniform_number(int64_t key, int64_t position) {
-    const uint64_t step = static_cast<uint64_t>(position) * 4 + 1;
-    const uint64_t bits = mix_bits(static_cast<uint64_t>(key) + step * 0x9E3779B97F4A7C15u);
-    return (static_cast<double>(bits >> 12) + 0.5) * 0x1p-52;
-}
 
 // Penalties, then biases, then masks.
 inline void edit_logits(const SampleCall& call, const SamplingSlot& slot, int64_t position, float* logits) {
@@ -229,7 +204,7 @@ inline int64_t draw_token(LogitRow& row, const SamplingSlot& slot, int64_t posit
         }
         row.keep_from(bound);
     }
-    return row.draw(uniform_number(slot.key, position), bound);
+    return row.draw(position_start(slot.key, position), bound);
 }
 
 inline void sample_row(const SampleCall& call, int64_t index) {

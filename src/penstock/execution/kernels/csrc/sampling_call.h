@@ -41,6 +41,17 @@ struct SampleCall {
     uint8_t* failed;  // out: 1 where there is no distribution; its token is 0
 };
 
+// Minus infinity for the tokens that masks do not allow, in `rows` rows of logits.
+struct MaskCall {
+    float* logits;  // [any number, stride]
+    int64_t stride;
+    int64_t vocab_size;
+    int64_t rows;
+    const int64_t* logit_rows;  // [rows]: which of them, distinct
+    const uint8_t* bits;  // [rows, mask_bytes]: token v is allowed where bit v % 8 of byte v / 8 is set
+    int64_t mask_bytes;  // vocab_size / 8, rounded up
+};
+
 // Log-probabilities of one token and of the most likely ones in each of `rows` rows of logits.
 struct LogprobCall {
     const float* logits;  // [any number, stride]

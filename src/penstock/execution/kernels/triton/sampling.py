@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.execution.kernels.triton.sampling_keys import CHUNK
+
 # Tokens per program: two or four loads of 16 bytes per thread, all in flight at once.
 BLOCK = 2048
 # Thresholds are narrowed down in so many rounds, with so many pivots each; see sampling_filters.py.
@@ -84,6 +86,7 @@ class SamplingWorkspace:
         self.block_tokens = torch.empty(rows, blocks, dtype=torch.int32, device=device)
         self.maxima = torch.empty(rows, device=device)
         self.block_masses = torch.empty(rows, blocks, dtype=torch.int64, device=device)
+        self.chunk_masses = torch.empty(rows, blocks * (BLOCK // CHUNK.value), dtype=torch.int64, device=device)
         self.block_counts = torch.empty(rows, blocks, dtype=torch.int32, device=device)
         self.tallies = torch.empty(rows, NUM_ROUNDS, NUM_PIVOTS, dtype=torch.int64, device=device)
         self.candidate_counts = torch.empty(rows, blocks, dtype=torch.int32, device=device)

@@ -1,9 +1,10 @@
-"""Random tokens: the last steps of top_k and top_p, and a draw by inverting the cumulative distribution in the order of token ids.
+"""Random tokens: the last steps of top_k and top_p, and a race of chunks of tokens, then of the winning chunk's tokens.
 
-One program per row searches the few keys that sampling_filters.py left, four ways per round, adds up what is kept of each block, and reads
-the logits of one block again to find the token. Weights are integers, so a row's token does not depend on the batch, nor on the
-order in which programs ran. Where a block has more than CAPACITY candidates (very many equal logits, or top_p after a very large top_k) the
-search reads the row itself, in each round.
+One program per row searches the few keys that sampling_filters.py left, four ways per round. What the race is says sampling/draw.py. Of a
+filtered row only upper bounds of the chunks' weights are known, so a chunk's exact weight is added up when the time at which it could come
+in at the earliest is before that of the best so far; mostly that is one chunk. Weights are integers, so a row's token does not depend on
+the batch, nor on the order in which programs ran. Where a block has more than CAPACITY candidates (very many equal logits, or top_p after
+a very large top_k) the search reads the row itself, in each round.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ from penstock.execution.kernels.triton.sampling import (
 )
 from penstock.execution.kernels.triton.sampling_filters import narrow_thresholds
 from penstock.execution.kernels.triton.sampling_keys import (
+    CHUNK,
+    FIRST_TOKEN,
     PAST_KEYS,
+    arrival_times,
     block_keys,
     first_bracket,
+    masses_before,
+    position_start,
     second_bracket,
     token_keys,
     token_masses,
-    uniform_number,
 )
 
 # Keys looked at together: eight per thread, with three counts and three sums for each in registers.
@@ -73,6 +78,7 @@ def draw_tokens(
         pivots,
         workspace.tallies,
         workspace.block_masses,
+        workspace.chunk_masses,
         workspace.block_counts,
         workspace.candidate_counts,
         workspace.candidates,
@@ -183,41 +189,48 @@ def _search(
 
 
 @triton.jit
-def _candidate_masses(
+def _candidate_mass(
     logits, candidates, counts, row, stride, depth, wide, floor, vocab_size, num_blocks, maximum, scale, end,
     BLOCK: tl.constexpr, CAPACITY: tl.constexpr, PADDED_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weight of each block's candidates below `end`, int64 [PADDED_BLOCKS]."""
+    """The weight of the candidates below `end`."""
     masses = tl.zeros([PADDED_BLOCKS, COLUMNS], tl.int64)
     for offset in range(0, depth, COLUMNS):
         keys = _tile_keys(
             logits, candidates, counts, row, stride, offset, wide, floor, vocab_size, num_blocks, maximum, scale,
             BLOCK, CAPACITY, PADDED_BLOCKS, COLUMNS,
         )  # fmt: skip
-        masses += tl.where(keys < end, token_masses(keys), 0)
-    return tl.sum(masses, axis=1)
+        masses += masses_before(keys, end)
+    return tl.sum(masses)
 
 
 @triton.jit
-def _token_at(
-    logits, row, stride, vocab_size, num_blocks, maximum, scale, end, masses, uniform, BLOCK: tl.constexpr
+def _race(
+    logits, chunk_masses, row, stride, vocab_size, num_chunks, maximum, scale, end, start, PADDED_CHUNKS: tl.constexpr
 ):  # fmt: skip
-    """The first block, and in it the first token, at which the running sum of weights exceeds `uniform` times their total."""
-    sums = tl.cumsum(masses, axis=0)
-    total = tl.sum(masses, axis=0)
-    goal = tl.minimum((total.to(tl.float64) * uniform).to(tl.int64), total - 1)
-    block = tl.minimum(tl.sum((sums <= goal).to(tl.int32), axis=0), num_blocks - 1)
-    before = tl.max(tl.where(sums <= goal, sums, 0), axis=0)
-    keys = block_keys(logits, row, stride, block, vocab_size, maximum, scale, BLOCK)
-    token_sums = tl.where(keys < end, token_masses(keys), 0)
-    last = tl.max(tl.where(token_sums > 0, tl.arange(0, BLOCK), 0), axis=0)
-    offset = tl.sum((before + tl.cumsum(token_sums, axis=0) <= goal).to(tl.int32), axis=0)
-    return (block * BLOCK + tl.minimum(offset, last)).to(tl.int64)
+    """The token that wins the row's race. chunk_masses: the weights of chunks, or what they are at most."""
+    chunks = tl.arange(0, PADDED_CHUNKS)
+    masses = tl.load(chunk_masses + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
+    earliest = arrival_times(start, chunks, masses)
+    best, winner = float("inf") + tl.zeros([], tl.float64), 0
+    time = tl.min(earliest, axis=0)
+    while time < best:
+        chunk = tl.min(tl.where(earliest == time, chunks, PADDED_CHUNKS), axis=0)
+        keys = block_keys(logits, row, stride, chunk, vocab_size, maximum, scale, CHUNK)
+        time = arrival_times(start, chunk, tl.sum(masses_before(keys, end), axis=0))
+        winner = tl.where(time < best, chunk, winner)
+        best = tl.minimum(time, best)
+        earliest = tl.where(chunks == chunk, float("inf"), earliest)
+        time = tl.min(earliest, axis=0)
+    tokens = winner * CHUNK + tl.arange(0, CHUNK)
+    keys = block_keys(logits, row, stride, winner, vocab_size, maximum, scale, CHUNK)
+    times = arrival_times(start, tokens.to(tl.int64) + FIRST_TOKEN, masses_before(keys, end))
+    return tl.min(tl.where(times == tl.min(times, axis=0), tokens, vocab_size), axis=0).to(tl.int64)
 
 
 @triton.jit
 def _draw_kernel(
-    logits, slots, parameters, maxima, failed, pivots, tallies, block_masses, block_counts,
+    logits, slots, parameters, maxima, failed, pivots, tallies, block_masses, chunk_masses, block_counts,
     candidate_counts, candidates, positions, states, token_ids, vocab_size, stride, num_blocks,
     FILTERED: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, NUM_ROUNDS: tl.constexpr,
     NUM_PIVOTS: tl.constexpr, CAPACITY: tl.constexpr, PADDED_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -236,7 +249,6 @@ def _draw_kernel(
     by_count, by_mass = top_k < vocab_size, top_p < 1.0
     blocks = tl.arange(0, PADDED_BLOCKS)
     places = row * num_blocks + blocks
-    masses = tl.load(block_masses + places, mask=blocks < num_blocks, other=0)
     if FILTERED:  # noqa: SIM102, at compile time
         if by_count | by_mass:
             low, high, goal = first_bracket(
@@ -252,6 +264,7 @@ def _draw_kernel(
             wide = depth > CAPACITY
             depth = tl.where(wide, BLOCK, depth)
             # What is kept for certain counts towards the goals.
+            masses = tl.load(block_masses + places, mask=blocks < num_blocks, other=0)
             goal -= tl.sum(masses, axis=0).to(tl.float64)
             if by_count:
                 counts_below = tl.load(block_counts + places, mask=blocks < num_blocks, other=0)
@@ -262,24 +275,21 @@ def _draw_kernel(
                 )  # fmt: skip
                 if by_mass:
                     low = 0
-                    left = _candidate_masses(
+                    left = _candidate_mass(
                         logits, candidates, counts, row, stride, depth, wide, floor, vocab_size, num_blocks, maximum,
                         scale, high, BLOCK, CAPACITY, PADDED_BLOCKS, COLUMNS,
                     )  # fmt: skip
-                    goal = top_p * tl.sum(left, axis=0).to(tl.float64)
+                    goal = top_p * left.to(tl.float64)
             if by_mass:
                 high = _search(
                     logits, candidates, counts, row, stride, depth, wide, floor, vocab_size, num_blocks, maximum,
                     scale, low, high, goal, True, BLOCK, CAPACITY, PADDED_BLOCKS, COLUMNS,
                 )  # fmt: skip
             end = tl.minimum(end, high)
-            masses += _candidate_masses(
-                logits, candidates, counts, row, stride, depth, wide, floor, vocab_size, num_blocks, maximum,
-                scale, end, BLOCK, CAPACITY, PADDED_BLOCKS, COLUMNS,
-            )  # fmt: skip
-    uniform = uniform_number(load_parameter(parameters, slot, KEY), tl.load(positions + row))
-    token = _token_at(
-        logits, row, stride, vocab_size, num_blocks, maximum, scale, end, masses, uniform, BLOCK
+    start = position_start(load_parameter(parameters, slot, KEY), tl.load(positions + row))
+    token = _race(
+        logits, chunk_masses, row, stride, vocab_size, num_blocks * (BLOCK // CHUNK), maximum, scale, end, start,
+        PADDED_BLOCKS * (BLOCK // CHUNK),
     )  # fmt: skip
     tl.store(token_ids + row, token)
     if COUNT:

@@ -6,9 +6,10 @@ W(its key) < p * W of what top_k left; where min_p ends is known beforehand. C o
 one pass, so two passes leave a bracket of a fraction of a nat, and the last kernel sees only what lies in it.
 
     _first_tally_kernel    rows x blocks   reads V * b bytes (b: bytes per logit); C or W at fixed distances from the maximum; for rows
-                                           without top_k and top_p the weight of each block
+                                           without top_k and top_p the weight of each chunk of 128 tokens
     _second_tally_kernel   rows x blocks   reads the blocks that have a token below the bracket's upper end; C or W inside the bracket
-    _collect_kernel        rows x blocks   the same for the narrower bracket; writes its keys, and what each block has below it
+    _collect_kernel        rows x blocks   the same for the narrower bracket; writes its keys, what each block has below it, and what each
+                                           chunk can have at most: its weight below the bracket's upper end
     sampling_draw.py       rows            finds the threshold among them, and draws
 
 So an unfiltered row's logits are read twice in all, with the pass for the maxima, and a filtered row's between two times (a peaked
@@ -40,11 +41,12 @@ from penstock.execution.kernels.triton.sampling_keys import (
     block_keys,
     first_bracket,
     first_pivots,
+    masses_before,
     next_pivots,
     pivot_scale,
     second_bracket,
+    store_chunk_masses,
     token_keys,
-    token_masses,
     token_weights,
 )
 
@@ -68,7 +70,7 @@ def narrow_thresholds(
     shared = (logits, slots, tables.parameters, workspace.maxima, failed, pivots, workspace.tallies)
     sizes = {"BLOCK": BLOCK, "NUM_ROUNDS": NUM_ROUNDS, "NUM_PIVOTS": NUM_PIVOTS}
     # Told the limit, ptxas does not spill for the sake of occupancy.
-    _first_tally_kernel[grid](*shared, workspace.block_masses, vocab_size, stride, **sizes, num_warps=4, maxnreg=80)
+    _first_tally_kernel[grid](*shared, workspace.chunk_masses, vocab_size, stride, **sizes, num_warps=4, maxnreg=80)
     if not filtered:
         return
     _second_tally_kernel[grid](*shared, workspace.block_maxima, vocab_size, stride, **sizes, num_warps=4)
@@ -76,6 +78,7 @@ def narrow_thresholds(
         *shared,
         workspace.block_maxima,
         workspace.block_masses,
+        workspace.chunk_masses,
         workspace.block_counts,
         workspace.candidate_counts,
         workspace.candidates,
@@ -89,7 +92,7 @@ def narrow_thresholds(
 
 @triton.jit
 def _first_tally_kernel(
-    logits, slots, parameters, maxima, failed, pivots, tallies, block_masses, vocab_size, stride,
+    logits, slots, parameters, maxima, failed, pivots, tallies, chunk_masses, vocab_size, stride,
     BLOCK: tl.constexpr, NUM_ROUNDS: tl.constexpr, NUM_PIVOTS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -113,9 +116,8 @@ def _first_tally_kernel(
         place = tallies + row * NUM_ROUNDS * NUM_PIVOTS + indices
         tl.atomic_add(place, (sums * UNIT).to(tl.int64), sem="relaxed")
     else:
-        kept = keys < load_parameter(parameters, slot, END_KEY).to(tl.int32)
-        mass = tl.sum(tl.where(kept, token_masses(keys), 0), axis=0)
-        tl.store(block_masses + row * tl.num_programs(0) + block, mass)
+        end = load_parameter(parameters, slot, END_KEY).to(tl.int32)
+        store_chunk_masses(chunk_masses, row, block, masses_before(keys, end), BLOCK)
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def _second_tally_kernel(
 @triton.jit
 def _collect_kernel(
     logits, slots, parameters, maxima, failed, pivots, tallies, block_maxima, block_masses,
-    block_counts, candidate_counts, candidates, vocab_size, stride,
+    chunk_masses, block_counts, candidate_counts, candidates, vocab_size, stride,
     BLOCK: tl.constexpr, NUM_ROUNDS: tl.constexpr, NUM_PIVOTS: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -183,10 +185,12 @@ def _collect_kernel(
     place = row * tl.num_programs(0) + block
     count, count_below = 0, 0
     mass_below = tl.zeros([], tl.int64)
+    masses = tl.zeros([BLOCK], tl.int64)
     if token_keys(tl.load(block_maxima + place), maximum, scale) < high:
         keys = block_keys(logits, row, stride, block, vocab_size, maximum, scale, BLOCK)
         count_below = tl.sum((keys < floor).to(tl.int32), axis=0)
-        mass_below = tl.sum(tl.where(keys < floor, token_masses(keys), 0), axis=0)
+        masses = masses_before(keys, high)
+        mass_below = tl.sum(tl.where(keys < floor, masses, 0), axis=0)
         found = (keys >= floor) & (keys < high)
         places = tl.cumsum(found.to(tl.int32), axis=0) - 1
         tl.store(candidates + place * CAPACITY + places, keys, mask=found & (places < CAPACITY))
@@ -194,3 +198,4 @@ def _collect_kernel(
     tl.store(candidate_counts + place, count)
     tl.store(block_counts + place, count_below)
     tl.store(block_masses + place, mass_below)
+    store_chunk_masses(chunk_masses, row, block, masses, BLOCK)

@@ -23,6 +23,11 @@ _INFINITY = 0x7F800000
 _INFINITE_KEY = tl.constexpr(_INFINITY)
 PAST_KEYS = tl.constexpr(_INFINITY + 1)
 UNIT = tl.constexpr(2.0**42)
+# Tokens that race with each other, and the number of token 0's random number, as in sampling/draw.py.
+CHUNK = tl.constexpr(128)
+FIRST_TOKEN = tl.constexpr(2**32)
+# SplitMix64's, as signed integers.
+_GAMMA = tl.constexpr(-0x61C8864680B583EB)
 
 
 def end_key(min_p: float) -> int:
@@ -46,9 +51,17 @@ def _mix(bits):
 
 
 @triton.jit
-def uniform_number(key, position):
-    bits = _mix(key + (position * 4 + 1) * -0x61C8864680B583EB)
-    return (((bits >> 12) & 0xFFFFFFFFFFFFF).to(tl.float64) + 0.5) * 2.220446049250313e-16
+def position_start(key, position):
+    """Where the random numbers of a position start."""
+    return _mix(key + (position * 4 + 1) * _GAMMA)
+
+
+@triton.jit
+def arrival_times(start, numbers, masses):
+    """When entrants of a race come in, float64: exponential random numbers over weights as integers; infinity without weight."""
+    bits = _mix(start + (numbers.to(tl.int64) + 1) * _GAMMA)
+    uniforms = (((bits >> 12) & 0xFFFFFFFFFFFFF).to(tl.float64) + 0.5) * 2.220446049250313e-16
+    return tl.where(masses > 0, -tl.log(uniforms) / tl.maximum(masses, 1).to(tl.float64), float("inf"))
 
 
 @triton.jit
@@ -66,6 +79,20 @@ def token_weights(keys):
 def token_masses(keys):
     """Weights as integers."""
     return (token_weights(keys) * UNIT).to(tl.int64)
+
+
+@triton.jit
+def masses_before(keys, end):
+    """Weights as integers of the keys below an end, 0 for the others."""
+    return tl.where(keys < end, token_masses(keys), 0)
+
+
+@triton.jit
+def store_chunk_masses(chunk_masses, row, block, masses, BLOCK: tl.constexpr):
+    """The sums of a block's chunks."""
+    chunks: tl.constexpr = BLOCK // CHUNK
+    place = chunk_masses + (row * tl.num_programs(0) + block) * chunks + tl.arange(0, chunks)
+    tl.store(place, tl.sum(tl.reshape(masses, [chunks, CHUNK]), axis=1))
 
 
 @triton.jit

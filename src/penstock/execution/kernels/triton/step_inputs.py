@@ -4,9 +4,18 @@ Token ids and block tables of every request lie on the device, one row per slot.
 run, from where and how far, new blocks, and the tokens of new requests. What a step starts from may have been sampled a moment
 ago and never left the device.
 
-    host      runs [ row | column | where its data is | how much ]  ─▶ `write_runs`     rows of token_ids and block_table
-              slots, starts, query_start, sample_index              ─▶ `prepare_inputs` positions, token ids, slots of the cache, tables …
-    sampler   tokens, failed                                        ─▶ `append_tokens`  rows of token_ids, and one tensor to fetch
+    host      runs [ row | column | where its data is | how much ]       ─▶ `write_runs`     rows of token_ids and block_table
+              slots, starts, query_start, first_sample, num_drafts       ─▶ `prepare_inputs` positions, token ids, slots of the cache …
+    sampler   tokens, failed                                             ─▶ `append_tokens`  rows of token_ids, and one tensor to fetch
+
+Drafts are token ids like others, behind the known ones of their request; what is sampled instead of them overwrites them.
+
+A step lies in the buffers request after request, without gaps, or, for a recorded step in which every request has `query_len` rows, at
+equal distances, with padding in front of requests that have fewer tokens:
+
+    query_len 0   [ a a a b c c ]        query_len 3   [ a a a | - - b | - c c | - - - ]      -: token 0 at position 0, not written
+
+A token of such padding takes the place of one further back in its request's context, which it neither changes nor is asked about.
 
 All three move a few bytes per token (a decode step of 256 requests with contexts of 1,024: 130 KB, nearly all of it block tables), so
 what they cost is their launch. A program has up to 256 numbers of one request: with one request in the batch a long context is
@@ -32,8 +41,9 @@ class StepTensors:
     token_ids: int32 [S, L], prompt and output of each slot; block_table: int32 [S, B].
     input_ids, positions, slot_mapping: int64 [T]; query_start: int32 [R + 1]; seq_lens: int32 [R]; block_tables: int32 [R, B];
     request_slots: int64 [R], the slot of each request: the step's inputs, in the order of its requests (see AttentionMetadata).
-    logit_rows, sample_slots, sample_positions: int64 [R], for each request that samples: its last token in the step, its slot, and the
-    position of the token that is sampled. sampled: int64 [R], the tokens, -1 where there is none.
+    logit_rows, sample_slots, sample_positions: int64 [M], for each token that is sampled, one behind what is known and one behind each
+    draft, request after request: the row of the token it follows, its slot, and its position. sampled: int64 [M], the tokens, -1 where
+    there is none.
     """
 
     block_size: int
@@ -62,16 +72,28 @@ def write_runs(target: Tensor, runs: Tensor, data: Tensor, longest: int) -> None
 
 
 def prepare_inputs(
-    rows: Tensor, tensors: StepTensors, *, num_requests: int, num_rows: int, max_count: int, max_seq_len: int
+    rows: Tensor,
+    tensors: StepTensors,
+    *,
+    num_requests: int,
+    num_tokens: int,
+    max_count: int,
+    max_seq_len: int,
+    filled_requests: int = 0,
+    filled_tokens: int = 0,
+    query_len: int = 0,
 ) -> None:
     """Fill the inputs of a step in `tensors`.
 
-    rows: int32 [4, at least num_requests + 1]: slot of each request, position of its first token in the step, query_start, and which
-    of the sampling requests it is (-1: it does not sample). max_count: the most tokens of a request; max_seq_len: the longest context.
-    Requests from num_requests up to num_rows are padding behind a step of one token each: no context, token 0, a slot that is not written.
+    rows: int32 [5, at least num_requests + 1]: slot of each request, position of its first token in the step, query_start, the first of the
+    tokens that it samples (-1: it does not sample), and how many of its tokens are drafts, fewer than 256. max_count: the most tokens of a
+    request; max_seq_len: the longest context; num_tokens: rows that the step takes, num_requests * query_len with a query_len.
+    Rows of requests and of tokens behind the step become padding up to filled_requests and filled_tokens: no context, token 0, position 0,
+    a slot that is not written.
     """
-    width = max(max_count, triton.cdiv(max_seq_len, tensors.block_size))
-    _prepare_kernel[num_rows, triton.cdiv(width, _BLOCK)](
+    width = max(max_count, query_len, triton.cdiv(max_seq_len, tensors.block_size))
+    num_padded = max(0, filled_requests - num_requests, filled_tokens - num_tokens)
+    _prepare_kernel[num_requests + triton.cdiv(num_padded, _BLOCK), triton.cdiv(width, _BLOCK)](
         rows,
         tensors.token_ids,
         tensors.block_table,
@@ -89,6 +111,10 @@ def prepare_inputs(
         tensors.token_ids.stride(0),
         tensors.block_table.stride(0),
         num_requests,
+        num_tokens,
+        filled_requests,
+        filled_tokens,
+        query_len,
         BLOCK_SIZE=tensors.block_size,
         BLOCK=_BLOCK,
         num_warps=2,
@@ -119,14 +145,26 @@ def write_runs_twin(target: Tensor, runs: Tensor, data: Tensor, longest: int) ->
 
 
 def prepare_inputs_twin(
-    rows: Tensor, tensors: StepTensors, *, num_requests: int, num_rows: int, max_count: int, max_seq_len: int
+    rows: Tensor,
+    tensors: StepTensors,
+    *,
+    num_requests: int,
+    num_tokens: int,
+    max_count: int,
+    max_seq_len: int,
+    filled_requests: int = 0,
+    filled_tokens: int = 0,
+    query_len: int = 0,
 ) -> None:
     """`prepare_inputs` in torch's operators."""
-    slots, starts, query_start, sample_index = rows.tolist()
+    slots, starts, query_start, first_sample, num_drafts = rows.tolist()
+    padding = [slice(num_tokens, filled_tokens)]
     tensors.query_start[0] = 0
     for request in range(num_requests):
-        slot, start, first, last = slots[request], starts[request], query_start[request], query_start[request + 1]
-        end = start + last - first
+        slot, start, count = slots[request], starts[request], query_start[request + 1] - query_start[request]
+        first = query_start[request] if not query_len else request * query_len + query_len - count
+        padding.append(slice(request * query_len, first if query_len else 0))
+        end, last = start + count, first + count
         positions = torch.arange(start, end, device=rows.device)
         tensors.positions[first:last] = positions
         tensors.input_ids[first:last] = tensors.token_ids[slot, start:end].to(torch.int64)
@@ -137,15 +175,17 @@ def prepare_inputs_twin(
         tensors.query_start[request + 1] = last
         tensors.seq_lens[request] = end
         tensors.request_slots[request] = slot
-        index = sample_index[request]
-        if index >= 0:
-            tensors.logit_rows[index] = last - 1
-            tensors.sample_slots[index] = slot
-            tensors.sample_positions[index] = end
-    padding = slice(num_requests, num_rows)
-    for tensor in (tensors.seq_lens, tensors.input_ids, tensors.positions, tensors.request_slots):
-        tensor[padding] = 0
-    tensors.slot_mapping[padding] = -1
+        if first_sample[request] >= 0:
+            for back in range(num_drafts[request] + 1):
+                index = first_sample[request] + num_drafts[request] - back
+                tensors.logit_rows[index] = last - 1 - back
+                tensors.sample_slots[index] = slot
+                tensors.sample_positions[index] = end - back
+    for tensor in (tensors.seq_lens, tensors.request_slots):
+        tensor[num_requests:filled_requests] = 0
+    for part in padding:
+        tensors.input_ids[part] = tensors.positions[part] = 0
+        tensors.slot_mapping[part] = -1
 
 
 def append_tokens_twin(tensors: StepTensors, token_ids: Tensor, failed: Tensor) -> None:
@@ -166,7 +206,7 @@ def _runs_kernel(target, runs, data, stride, BLOCK: tl.constexpr):
     tl.store(target + row.to(tl.int64) * stride + column + index, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_tokens", "filled_requests", "filled_tokens", "query_len"])
 def _prepare_kernel(
     rows,
     token_ids,
@@ -185,20 +225,29 @@ def _prepare_kernel(
     token_stride,
     table_stride,
     num_requests,
+    num_tokens,
+    filled_requests,
+    filled_tokens,
+    query_len,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0)
     part = tl.program_id(1)
+    index = part * BLOCK + tl.arange(0, BLOCK)
     if request < num_requests:
         slot = tl.load(rows + request).to(tl.int64)
         start = tl.load(rows + rows_stride + request)
         first = tl.load(rows + 2 * rows_stride + request)
-        last = tl.load(rows + 2 * rows_stride + request + 1)
-        end = start + last - first
-        index = part * BLOCK + tl.arange(0, BLOCK)
+        count = tl.load(rows + 2 * rows_stride + request + 1) - first
+        end = start + count
+        if query_len > 0:
+            front = query_len - count
+            first = request * query_len + front
+            _pad_tokens(input_ids, positions, slot_mapping, request * query_len + index, index < front)
+        last = first + count
 
-        inside = index < last - first
+        inside = index < count
         position = start + index
         token = tl.load(token_ids + slot * token_stride + position, mask=inside, other=0)
         block = tl.load(block_table + slot * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
@@ -216,17 +265,29 @@ def _prepare_kernel(
             tl.store(request_slots + request, slot)
             if request == 0:
                 tl.store(query_start, 0)
-            sample = tl.load(rows + 3 * rows_stride + request)
-            if sample >= 0:
-                tl.store(logit_rows + sample, (last - 1).to(tl.int64))
-                tl.store(sample_slots + sample, slot)
-                tl.store(sample_positions + sample, end.to(tl.int64))
+            first_sample = tl.load(rows + 3 * rows_stride + request)
+            if first_sample >= 0:
+                drafts = tl.load(rows + 4 * rows_stride + request)
+                sampled = index <= drafts
+                tl.store(logit_rows + first_sample + index, (last - 1 - drafts + index).to(tl.int64), mask=sampled)
+                tl.store(sample_slots + first_sample + index, slot + tl.zeros_like(index), mask=sampled)
+                tl.store(sample_positions + first_sample + index, (end - drafts + index).to(tl.int64), mask=sampled)
     elif part == 0:
-        tl.store(seq_lens + request, 0)
-        tl.store(input_ids + request, 0)
-        tl.store(positions + request, 0)
-        tl.store(request_slots + request, 0)
-        tl.store(slot_mapping + request, -1)
+        behind = (request - num_requests) * BLOCK + index
+        nothing = tl.zeros_like(behind)
+        padded = num_requests + behind < filled_requests
+        tl.store(seq_lens + num_requests + behind, nothing, mask=padded)
+        tl.store(request_slots + num_requests + behind, nothing.to(tl.int64), mask=padded)
+        behind += num_tokens
+        _pad_tokens(input_ids, positions, slot_mapping, behind, behind < filled_tokens)
+
+
+@triton.jit
+def _pad_tokens(input_ids, positions, slot_mapping, index, padded):
+    nothing = tl.zeros_like(index).to(tl.int64)
+    tl.store(input_ids + index, nothing, mask=padded)
+    tl.store(positions + index, nothing, mask=padded)
+    tl.store(slot_mapping + index, nothing - 1, mask=padded)
 
 
 @triton.jit(do_not_specialize=["count"])
