@@ -138,7 +138,11 @@ def measure(options: Options) -> dict[str, Any]:
 def _builtins(profile: SpeculationProfile | None) -> dict[str, Any]:
     if profile is None:
         return {}
-    return {"step_seconds": profile.step_seconds, "draft_seconds": profile.draft_seconds}
+    return {
+        "step_seconds": profile.step_seconds,
+        "draft_seconds": profile.draft_seconds,
+        "first_draft_seconds": profile.first_draft_seconds,
+    }
 
 
 def _ratio(runs: dict[str, list[float]], setting: str) -> float:

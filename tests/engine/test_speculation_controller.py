@@ -76,7 +76,8 @@ class Engine:
     def _step(self) -> None:
         keys = [self._key(index) for index in range(self.concurrency)]
         drafts = self.drafts if len(self.drafts) == len(keys) else [0] * len(keys)
-        wanted = self.controller.plan(keys, 0)
+        rests = self.controller.rests(len(keys))
+        wanted = [0] * len(keys) if rests else self.controller.plan(keys, 0)
         num_tokens = len(keys) + sum(drafts)
         factor = self.numbers.lognormvariate(0.0, self.noise) if self.noise else 1.0
         draft_seconds = self.machine.proposing(wanted) * factor

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from penstock.engine.step import RequestKey
 
-# What is believed of drafts before any was seen, and as how many trials that counts.
-_FIRST_RATE, _FIRST_TRIALS = 0.7, 8.0
+# What is believed of drafts before any was seen, and as how many trials that counts. Hopeful: what is not tried is not learned, and a few
+# trials put it right.
+_FIRST_RATE, _FIRST_TRIALS = 0.85, 8.0
 # What one trial leaves of the weight of those before it.
 _KEEP_OF_REQUEST, _KEEP_OF_ALL = 0.96, 0.995
 # As how many trials of a request the rate of all counts.
@@ -25,9 +26,10 @@ _HIT_RATE = 0.1
 
 class Record:
     """What is known of one request. last_trial: the plan after which it was tried last; level: see Acceptances; probing: a draft is under
-    way only to learn from it; last_probe: the plan that asked for the last one of that kind."""
+    way only to learn from it; last_probe: the plan that asked for the last one of that kind; plans_drafting: so many plans, the last ones,
+    asked for drafts."""
 
-    __slots__ = ("hits", "last_probe", "last_trial", "level", "probing", "successes", "trials")
+    __slots__ = ("hits", "last_probe", "last_trial", "level", "plans_drafting", "probing", "successes", "trials")
 
     def __init__(self, plan: int, hits: float) -> None:
         self.successes = self.trials = 0.0
@@ -35,6 +37,7 @@ class Record:
         self.level = 0
         self.hits = hits
         self.probing = False
+        self.plans_drafting = 0
 
 
 class Acceptances:

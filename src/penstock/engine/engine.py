@@ -260,7 +260,9 @@ class Engine:
             self.counters.device_idle_seconds += output.device_idle_seconds
         # Before the update, which forgets the requests that end.
         self._count_step(scheduled, retired, retired - started)
-        self._measure_decode(scheduled, retired - max(started, self._last_retired), output.draft_seconds)
+        # Scheduling and delivery are part of what tokens cost.
+        begun = self._last_retired if was_busy else started
+        self._measure_decode(scheduled, retired - begun, output.draft_seconds)
         self._last_retired = retired
         updates = self.scheduler.update(output)
         deltas = [self._delta(update) for update in updates]
@@ -293,7 +295,8 @@ class Engine:
                 counters.prefix_hit_tokens += new.num_computed_tokens
 
     def _measure_decode(self, scheduled: SchedulerOutput, seconds: float, draft_seconds: float) -> None:
-        """Tell who chooses draft lengths what a step cost in which every request decoded: the time that no earlier step took."""
+        """Tell who chooses draft lengths what a step cost in which every request decoded: the time since the one before it, if there were
+        requests all that time."""
         if self._speculation is None:
             return
         num_drafts = sum(map(len, scheduled.draft_token_ids.values()))

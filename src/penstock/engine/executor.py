@@ -25,14 +25,15 @@ class SpeculationProfile:
 
     max_draft_tokens: most drafts for one request and step. adaptive: how many is the scheduler's to choose; otherwise always that many.
     step_seconds: (tokens of a step in which all requests decode, seconds), ascending in tokens, measured at the start; draft_seconds:
-    (requests, seconds of proposing one token for each of them), likewise; both empty where nothing was measured, the second also where
-    proposals cost next to nothing.
+    (requests, seconds of proposing one more token for each of them), likewise; first_draft_seconds: (requests, seconds of the first one),
+    which comes with all that is done once. All empty where nothing was measured, the latter two also where proposals cost next to nothing.
     """
 
     max_draft_tokens: int
     adaptive: bool = False
     step_seconds: tuple[tuple[int, float], ...] = ()
     draft_seconds: tuple[tuple[int, float], ...] = ()
+    first_draft_seconds: tuple[tuple[int, float], ...] = ()
 
 
 class StepHandle(Protocol):

@@ -34,12 +34,18 @@ _GAIN_TO_BEGIN, _GAIN_TO_GO_ON = 0.03, 0.01
 _TRIAL_SHARE, _LEAST_TRIAL_COST, _MOST_PATIENCE = 0.0075, 0.01, 4.0
 # Plans with drafts from one pause to the next: at most and at least, and in between so many that pauses cost this part of what is gained.
 _PAUSE_INTERVALS, _PAUSE_SHARE = (20, 300), 0.004
+# Plans for which drafts are stayed with once they have begun: what they cost shows when they are no exception.
+_LEAST_PLANS = 16
 # Drafts that are accepted less often than this are not looked at.
 _LEAST_CHANCE = 0.03
 # Plans that use the same choice, and choices from one that looks at all depths to the next.
 _PLANS_PER_CHOICE, _CHOICES_PER_SEARCH = 8, 8
+# Plans until proposals for a request cost what they will cost from then on.
+_PLANS_TO_SETTLE = 2
 # Up to so many requests each of them decides.
 _FEW_REQUESTS = 4
+# Plans that are not made after one without drafts: where even perfect drafts would not pay, and elsewhere.
+_LONG_REST, _SHORT_REST = 15, 3
 
 _CHANCES = [(level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS)]
 _LOG_CHANCES = [math.log(chance) for chance in _CHANCES]
@@ -71,7 +77,7 @@ class SpeculationController:
         self.profile = profile
         self._acceptances = Acceptances(NUM_LEVELS)
         self._steps = StepCosts(profile.step_seconds)
-        self._proposals = ProposalCosts(profile.draft_seconds)
+        self._proposals = ProposalCosts(profile.draft_seconds, profile.first_draft_seconds)
         candidates = [
             (chance**index, level, index)
             for level, chance in enumerate(_CHANCES)
@@ -87,20 +93,36 @@ class SpeculationController:
         self._plans_with_drafts = 0
         self._allowance = 0.0
         self._patience, self._patience_requests = 1.0, 0
+        # Plans that need not be made because drafts do not pay, for up to how many requests that was found, and plans not made so far.
+        self._rest_plans = self._rest_requests = self._plans_skipped = 0
+        # Even perfect drafts would not pay.
+        self._hopeless = False
+        # All requests of the last plan with drafts had some in the plans before it.
+        self._steady = True
+
+    def rests(self, num_requests: int) -> bool:
+        """Whether there is nothing to plan for a step of so many requests: drafts did not pay a moment ago, when there were as many. Asked
+        once for each step; a plan that is not made costs nothing, which is what makes it as fast as no speculation."""
+        if not self._rest_plans or num_requests < self._rest_requests:
+            return False
+        self._rest_plans -= 1
+        self._plans_skipped += 1
+        return True
 
     def plan(self, keys: Sequence[RequestKey], num_others: int) -> list[int]:
         """How many drafts to propose for each of these requests, which sample in the step that is being made and will all be in the next
         one; `num_others` requests that cannot have drafts will be in it as well, with a token each."""
         if not self.profile.adaptive or not keys:
             return [self.profile.max_draft_tokens] * len(keys)
-        self._plans += 1
+        self._plans += 1 + self._plans_skipped
         records = [self._acceptances.record(key, self._plans) for key in keys]
         # One at a time returns to the rate of all; those that are tried are renewed then.
         self._acceptances.renew(records[self._plans % len(records)], self._plans)
         num_requests = len(keys) + num_others
         self._choose(records, num_requests)
         needed = _GAIN_TO_GO_ON if self._plans_with_drafts else _GAIN_TO_BEGIN
-        if self._gain < 1.0 + needed * sum(record.hits for record in records) / len(records):
+        enough = self._gain >= 1.0 + needed * sum(record.hits for record in records) / len(records)
+        if not enough and not 0 < self._plans_with_drafts < _LEAST_PLANS:
             self._plans_with_drafts = 0
             lengths = [0] * len(records)
         else:
@@ -108,8 +130,19 @@ class SpeculationController:
                 return [0] * len(records)
             lengths = self._lengths(records)
         self._try_one(records, lengths, num_requests)
+        self._plans_skipped = 0
+        # A request that begins to have drafts first has the draft model catch up with it, which later proposals need not do.
+        self._steady = True
+        for record, length in zip(records, lengths, strict=True):
+            if length and record.plans_drafting < _PLANS_TO_SETTLE:
+                self._steady = False
+            record.plans_drafting = record.plans_drafting + 1 if length else 0
         if any(lengths):
-            self._proposals.planned(lengths)
+            if self._steady:
+                self._proposals.planned(lengths)
+            self._rest_plans = 0
+        else:
+            self._rest_plans, self._rest_requests = _LONG_REST if self._hopeless else _SHORT_REST, num_requests
         return lengths
 
     def verified(self, key: RequestKey, num_drafts: int, num_accepted: int) -> None:
@@ -129,9 +162,9 @@ class SpeculationController:
     def step_done(self, num_tokens: int, seconds: float, num_proposing: int, draft_seconds: float) -> None:
         """A step in which all requests decoded (with or without drafts) took `seconds`, of which `draft_seconds` went into proposals for
         `num_proposing` requests. With several steps in flight, a step's time begins when the one before it has come back."""
-        if not self.profile.adaptive:
+        if not self.profile.adaptive or self._rest_plans > 1:
             return
-        if num_proposing:
+        if num_proposing and self._steady:
             self._proposals.observe(num_proposing, draft_seconds)
         self._steps.observe(num_tokens, seconds - draft_seconds, proposing=num_proposing > 0)
 
@@ -154,7 +187,12 @@ class SpeculationController:
         depths = range(1, most + 1)
         if self._choice.depth and self._num_choices % _CHOICES_PER_SEARCH:
             depths = range(max(self._choice.depth - 1, 1), min(self._choice.depth + 1, most) + 1)
-        self._choice, self._gain = self._best(records, num_requests, depths)
+        choice, self._gain = self._best(records, num_requests, depths)
+        if choice.depth or not 0 < self._plans_with_drafts < _LEAST_PLANS:
+            self._choice = choice
+        self._hopeless = (
+            self._gain == 1.0 and self._best(records, num_requests, range(0), NUM_LEVELS - 1)[1] < 1.0 + _GAIN_TO_BEGIN
+        )
         self._level_lengths = self._choice.lengths()
 
     def _pauses(self) -> bool:
@@ -257,11 +295,11 @@ class SpeculationController:
             # What did not pay in a large batch may pay in a small one.
             self._patience, self._patience_requests = 1.0, num_requests
         self._patience_requests = max(self._patience_requests, num_requests)
-        self._allowance += _TRIAL_SHARE * plain
+        self._allowance += _TRIAL_SHARE * plain * (1 + self._plans_skipped)
         if self._allowance < cost * self._patience:
             return
         self._allowance = 0.0
-        if self._best(records, num_requests, range(0), NUM_LEVELS - 1)[1] < 1.0 + _GAIN_TO_BEGIN:
+        if self._hopeless:
             return
         chosen = min(
             (index for index, length in enumerate(lengths) if not length), key=lambda index: records[index].last_probe

@@ -135,13 +135,15 @@ def _size(num_tokens: int) -> int:
 class ProposalCosts:
     """Seconds of proposing.
 
-    With a draft model, each pass proposes one token for the requests that still want one, and costs what was measured for as many; all
-    passes are corrected alike. Without measurements (n-gram), what a request costs is learned, however many tokens it wants.
+    With a draft model, each pass proposes one token for the requests that still want one, and costs what was measured for as many, the
+    first one apart; all passes are corrected alike. Without measurements (n-gram), what a request costs is learned, however many tokens it
+    wants.
     """
 
-    def __init__(self, points: Points) -> None:
+    def __init__(self, points: Points, first_points: Points = ()) -> None:
         self._curve = Curve(points) if points else None
-        self._passes: dict[int, float] = {0: 0.0}
+        self._first_curve = Curve(first_points) if first_points else self._curve
+        self._passes: dict[tuple[bool, int], float] = {(False, 0): 0.0, (True, 0): 0.0}
         self._per_request = 0.0
         self._scale = 1.0
         self._planned = self._measured = -1.0
@@ -155,10 +157,7 @@ class ProposalCosts:
         """Of pass `index`, from 1, in which `num_requests` take part."""
         if self._curve is None:
             return self._per_request * num_requests if index == 1 else 0.0
-        seconds = self._passes.get(num_requests)
-        if seconds is None:
-            seconds = self._passes[num_requests] = self._curve.at(num_requests)
-        return seconds * self._scale
+        return self._measured_seconds(index == 1, num_requests) * self._scale
 
     def planned(self, lengths: Sequence[int]) -> None:
         """Proposals of these lengths are asked for, of which some are above 0."""
@@ -170,17 +169,24 @@ class ProposalCosts:
         seconds, still = 0.0, 0
         for count in by_length[:0:-1]:
             still += count
-            seconds += self._curve.at(still)
-        self._planned = _running(self._planned, seconds)
-        if self._measured >= 0.0:
-            # Means of both, because what is measured belongs to what was planned a step or two earlier.
-            self._scale = min(max(self._measured / self._planned, 0.02), 50.0)
+            seconds += self._measured_seconds(False, still)
+        seconds += self._measured_seconds(True, still) - self._measured_seconds(False, still)
+        if self._planned < 0.0:
+            # What was measured at the start holds until several proposals say otherwise.
+            self._planned = self._measured = seconds
+        self._planned += (seconds - self._planned) * _RATE
+        # Means of both, because what is measured belongs to what was planned a step or two earlier.
+        self._scale = min(max(self._measured / self._planned, 0.02), 50.0)
+
+    def _measured_seconds(self, first: bool, num_requests: int) -> float:
+        """Of the first pass, or of one behind it."""
+        seconds = self._passes.get((first, num_requests))
+        if seconds is None:
+            curve = self._first_curve if first else self._curve
+            seconds = self._passes[first, num_requests] = 0.0 if curve is None else curve.at(num_requests)
+        return seconds
 
     def observe(self, num_requests: int, seconds: float) -> None:
         """Proposing for `num_requests`, at least 1, took `seconds`."""
-        self._measured = _running(self._measured, seconds)
+        self._measured += (seconds - self._measured) * _RATE
         self._per_request += (seconds / num_requests - self._per_request) * 0.1
-
-
-def _running(mean: float, value: float) -> float:
-    return value if mean < 0.0 else mean + (value - mean) * 0.1

@@ -66,6 +66,8 @@ class Verification:
 
     def ask_proposals(self, plan: StepPlan) -> None:
         """Ask for drafts of the requests that sample in this step, as many as the controller wants and blocks allow."""
+        if self._controller.rests(len(plan.scheduled)):
+            return
         askable: list[tuple[Request, int, int]] = []
         num_others = 0
         for request, num_tokens in plan.scheduled.items():

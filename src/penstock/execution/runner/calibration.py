@@ -25,7 +25,7 @@ _BUDGET_SECONDS = 1.6
 _SLOW_SECONDS = 0.05
 _REPEATS = 5
 _DRAFT_REPEATS = 3
-_PROPOSALS = 2
+_PROPOSALS = 4
 # Calls in which a draft model computes the context of the first request.
 _MAX_CATCH_UP_CALLS = 8
 _SAMPLING = SamplingParams(seed=0, temperature=0.0)
@@ -39,6 +39,7 @@ class Costs:
 
     step_seconds: Curve = ()
     draft_seconds: Curve = ()
+    first_draft_seconds: Curve = ()
 
 
 def measure_costs(
@@ -59,6 +60,7 @@ def measure_costs(
     begun = time.perf_counter()
     steps: list[tuple[int, float]] = []
     drafts: list[tuple[int, float]] = []
+    firsts: list[tuple[int, float]] = []
     for size in _sizes(config):
         spent = time.perf_counter() - begun
         # A size takes about as long as all before it, at least where it takes long.
@@ -68,11 +70,13 @@ def measure_costs(
         requests.start(count)
         try:
             if has_draft_model and count == size:
-                drafts.append((count, requests.draft_seconds(patient=not drafts)))
+                first, further = requests.draft_seconds(patient=not drafts)
+                firsts.append((count, first))
+                drafts.append((count, further))
             steps.append((size, requests.step_seconds(num_drafts=size // count - 1)))
         finally:
             requests.finish()
-    return Costs(tuple(steps), tuple(drafts))
+    return Costs(tuple(steps), tuple(drafts), tuple(firsts))
 
 
 def _sizes(config: EngineConfig) -> list[int]:
@@ -113,12 +117,14 @@ class _Requests:
 
         return _fastest(measure, _REPEATS)
 
-    def draft_seconds(self, *, patient: bool) -> float:
-        """What it takes to propose a token for every request. patient: the context is to be computed first."""
+    def draft_seconds(self, *, patient: bool) -> tuple[float, float]:
+        """What it takes to propose a token for every request, and each token more. patient: the context is to be computed first."""
         for _ in range(_MAX_CATCH_UP_CALLS if patient else 1):
-            if self._decode(num_proposals=_PROPOSALS).draft_token_ids:
+            if self._decode(num_proposals=1).draft_token_ids:
                 break
-        return _fastest(lambda: self._decode(num_proposals=_PROPOSALS).draft_seconds / _PROPOSALS, _DRAFT_REPEATS)
+        one = _fastest(lambda: self._decode(num_proposals=1).draft_seconds, _DRAFT_REPEATS)
+        some = _fastest(lambda: self._decode(num_proposals=_PROPOSALS).draft_seconds, _DRAFT_REPEATS)
+        return one, max(some - one, 0.0) / (_PROPOSALS - 1)
 
     def _decode(self, *, num_drafts: int = 0, num_proposals: int = 0) -> RunnerOutput:
         keys = list(self._lengths)

@@ -113,7 +113,7 @@ def speculation_profile(
         return SpeculationProfile(max_drafts)
     longest = config.max_model_len if draft is None else min(config.max_model_len, draft.config.max_model_len)
     costs = measure_costs(config, submit, num_blocks, longest, has_draft_model=config.speculative_model != NGRAM)
-    return SpeculationProfile(max_drafts, True, costs.step_seconds, costs.draft_seconds)
+    return SpeculationProfile(max_drafts, True, costs.step_seconds, costs.draft_seconds, costs.first_draft_seconds)
 
 
 def speculation_text(config: EngineConfig, draft: LoadedModel | None) -> str:
