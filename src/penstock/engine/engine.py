@@ -262,7 +262,7 @@ class Engine:
         self._count_step(scheduled, retired, retired - started)
         # Scheduling and delivery are part of what tokens cost.
         begun = self._last_retired if was_busy else started
-        self._measure_decode(scheduled, retired - begun, output.draft_seconds)
+        self._measure_step(scheduled, retired - begun, output.draft_seconds)
         self._last_retired = retired
         updates = self.scheduler.update(output)
         deltas = [self._delta(update) for update in updates]
@@ -294,14 +294,14 @@ class Engine:
                 counters.prefix_queried_tokens += len(new.token_ids)
                 counters.prefix_hit_tokens += new.num_computed_tokens
 
-    def _measure_decode(self, scheduled: SchedulerOutput, seconds: float, draft_seconds: float) -> None:
-        """Tell who chooses draft lengths what a step cost in which every request decoded: the time since the one before it, if there were
-        requests all that time."""
+    def _measure_step(self, scheduled: SchedulerOutput, seconds: float, draft_seconds: float) -> None:
+        """Tell who chooses draft lengths what a step cost: the time since the one before it, if there were requests all that time."""
         if self._speculation is None:
             return
+        num_requests = len(scheduled.num_scheduled_tokens)
         num_drafts = sum(map(len, scheduled.draft_token_ids.values()))
-        if scheduled.total_tokens == len(scheduled.num_scheduled_tokens) + num_drafts:
-            self._speculation.step_done(scheduled.total_tokens, seconds, len(scheduled.num_proposals), draft_seconds)
+        num_prompt_tokens = scheduled.total_tokens - num_requests - num_drafts
+        self._speculation.step_done(num_requests, num_prompt_tokens, seconds, draft_seconds)
 
     def _delta(self, update: Update, error: ErrorInfo | None = None) -> Addressed:
         request = update.request

@@ -21,19 +21,11 @@ class KVCapacity:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationProfile:
-    """What the executor can propose, and what it costs.
-
-    max_draft_tokens: most drafts for one request and step. adaptive: how many is the scheduler's to choose; otherwise always that many.
-    step_seconds: (tokens of a step in which all requests decode, seconds), ascending in tokens, measured at the start; draft_seconds:
-    (requests, seconds of proposing one more token for each of them), likewise; first_draft_seconds: (requests, seconds of the first one),
-    which comes with all that is done once. All empty where nothing was measured, the latter two also where proposals cost next to nothing.
-    """
+    """What the executor can propose: most draft tokens for one request and step. adaptive: how many is the scheduler's to choose; otherwise
+    always that many."""
 
     max_draft_tokens: int
     adaptive: bool = False
-    step_seconds: tuple[tuple[int, float], ...] = ()
-    draft_seconds: tuple[tuple[int, float], ...] = ()
-    first_draft_seconds: tuple[tuple[int, float], ...] = ()
 
 
 class StepHandle(Protocol):

@@ -125,10 +125,7 @@ class Verification:
     def take_proposals(self, part: StepPart, output: RunnerOutput) -> None:
         """Keep what was proposed for a request that goes on."""
         proposals = output.draft_token_ids.get(part.request.key, [])[: part.num_proposals]
-        if proposals:
-            part.request.draft_token_ids = proposals
-        else:
-            self._controller.unproposed(part.request.key)
+        part.request.draft_token_ids = proposals
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from penstock.core.config import EMBEDDED_DRAFT, EMBEDDED_MODEL, NGRAM, EngineConfig
 from penstock.core.errors import ConfigError, IntegrityError
 from penstock.core.types import EngineRequest, EngineStats, LiveLimits, SamplingParams
 from penstock.engine.engine import Engine
 from penstock.engine.executor import SpeculationProfile
-from penstock.engine.step import SchedulerOutput
 from penstock.execution.models.registry import LoadedModel
-from penstock.execution.runner import calibration
+from penstock.execution.runner.draft_lengths import max_draft_tokens, speculation_profile
 from penstock.execution.runner.executors import UniProcessExecutor
-from penstock.execution.runner.speculation import (
-    draft_bytes_per_block,
-    load_draft,
-    make_proposer,
-    max_draft_tokens,
-    speculation_profile,
-    speculation_text,
-)
-from penstock.execution.runner.steps import FinishedStep
+from penstock.execution.runner.speculation import draft_bytes_per_block, load_draft, make_proposer, speculation_text
 from penstock.execution.speculative.ngram import NGramProposer
 from penstock.execution.speculative.proposer import Proposer
 from penstock.hub import resolve_model
@@ -34,7 +23,6 @@ from penstock.serving.frontend.tokenizer import Tokenizer
 from penstock.testing.builders import Collector
 from penstock.testing.checkpoints import write_tiny_checkpoint
 from tests.execution.runner.harness import CPU, Harness, new_request, solo_tokens
-from tests.execution.runner.proposers import draft_model, ngrams
 
 RESOLVED = EngineConfig(
     device="cpu",
@@ -126,67 +114,11 @@ def test_what_reports_say(draft: LoadedModel, model: str, count: int, most: int,
     assert speculation_text(config, described) == text
 
 
-# ---- measuring ----
-
-
-def profile(harness: Harness, config: EngineConfig) -> tuple[SpeculationProfile | None, list[SchedulerOutput]]:
-    """The profile, and the steps that were run for it."""
-    # The requests of the calibration say that their context is computed.
-    for cache in harness.kv_caches:
-        cache.key.zero_()
-        cache.value.zero_()
-    steps = []
-
-    def submit(step: SchedulerOutput) -> FinishedStep:
-        steps.append(step)
-        output = harness.runner.execute(step)
-        assert not output.errors
-        return FinishedStep(output)
-
-    found = speculation_profile(config, submit, 64, None)
-    assert len(harness.batch) == 0
-    return found, steps
-
-
-def test_fixed_lengths_are_not_measured(loaded: LoadedModel) -> None:
-    harness = Harness(loaded, make_proposer=ngrams)
-    assert profile(harness, speculating("")) == (None, [])
-    assert profile(harness, speculating(NGRAM, 5)) == (SpeculationProfile(5), [])
-
-
-def test_what_is_measured(loaded: LoadedModel, draft: LoadedModel) -> None:
-    found, steps = profile(Harness(loaded, make_proposer=ngrams), speculating(NGRAM))
-    assert found is not None
-    assert (found.max_draft_tokens, found.adaptive, found.draft_seconds) == (12, True, ())
-    assert [size for size, _ in found.step_seconds] == [1, 2, 4, 6, 12]
-    assert {step.total_tokens for step in steps if step.num_scheduled_tokens} == {1, 2, 4, 6, 12}
-    assert not any(step.num_proposals for step in steps)
-    found, steps = profile(Harness(loaded, make_proposer=draft_model(draft, max_tokens=48)), speculating("draft"))
-    assert found is not None
-    assert [size for size, _ in found.draft_seconds] == [1, 2, 4, 6]
-    assert all(0 < seconds < 1 for _, seconds in (*found.step_seconds, *found.draft_seconds))
-
-
-def test_nothing_is_measured_without_room(loaded: LoadedModel) -> None:
-    config = dataclasses.replace(speculating(NGRAM), max_model_len=32)
-    assert profile(Harness(loaded), config) == (SpeculationProfile(12, adaptive=True), [])
-
-
-def test_a_slow_machine_is_not_measured_for_long(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    harness = Harness(loaded)
-
-    def slow(input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        clock[0] += 0.3
-        return hidden
-
-    harness.model.hook = slow
-    found, _ = profile(harness, speculating(NGRAM))
-    assert found is not None
-    assert [size for size, _ in found.step_seconds] == [1, 2]
-    assert [seconds for _, seconds in found.step_seconds] == pytest.approx([0.3, 0.3])
-    assert clock[0] < 2
+def test_lengths_are_fixed_or_chosen_while_serving() -> None:
+    assert speculation_profile(speculating("")) is None
+    assert speculation_profile(speculating(NGRAM, 5)) == SpeculationProfile(5)
+    assert speculation_profile(speculating(NGRAM)) == SpeculationProfile(12, adaptive=True)
+    assert speculation_profile(speculating("draft")) == SpeculationProfile(8, adaptive=True)
 
 
 # ---- the embedded pair ----

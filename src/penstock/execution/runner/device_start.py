@@ -27,10 +27,11 @@ from penstock.execution.runner.batch import PersistentBatch
 from penstock.execution.runner.cuda_graphs import DEFAULT_MAX_BATCH_SIZE
 from penstock.execution.runner.device_batch import DeviceBatch
 from penstock.execution.runner.device_runner import DeviceRunner
+from penstock.execution.runner.draft_lengths import max_draft_tokens
 from penstock.execution.runner.kv_memory import KVPlan, MemoryUse, activation_bytes, allocate_kv_caches
 from penstock.execution.runner.out_of_memory import memory_must_suffice, mib
 from penstock.execution.runner.rehearsal import full_steps, proposal_steps, varied_steps, verification_steps
-from penstock.execution.runner.speculation import make_proposer, max_draft_tokens
+from penstock.execution.runner.speculation import make_proposer
 from penstock.execution.runner.step_graphs import StepGraphs, verification_lengths
 from penstock.execution.sampling.device_sampler import DeviceSampler
 from penstock.execution.speculative.proposer import Proposer

@@ -16,8 +16,8 @@ from penstock.core.config import EngineConfig
 from penstock.core.types import ModelInfo
 from penstock.engine.executor import KVCapacity, SpeculationProfile, StepHandle
 from penstock.engine.step import SchedulerOutput
+from penstock.execution.runner.draft_lengths import speculation_profile
 from penstock.execution.runner.rehearsal import small_steps
-from penstock.execution.runner.speculation import speculation_profile
 from penstock.execution.runner.worker import ModelWorker
 
 logger = logging.getLogger(__name__)
@@ -44,16 +44,12 @@ class UniProcessExecutor:
         self.timeline = worker.timeline
         self.max_inflight = worker.max_inflight
         self.micro_batches = 1
-        self.speculation: SpeculationProfile | None = None
+        self.speculation: SpeculationProfile | None = speculation_profile(self.config)
         self._capacity = KVCapacity(plan.num_blocks, self.config.block_size, plan.bytes_per_block, plan.num_host_blocks)
         self._model_info = worker.model_info(plan)
         start = time.perf_counter()
         warm_up(self.submit, self.config, plan.num_blocks)
         self.timeline.append(("warm-up", time.perf_counter() - start))
-        if self.config.speculative_model:
-            start = time.perf_counter()
-            self.speculation = speculation_profile(self.config, self.submit, plan.num_blocks, worker.draft)
-            self.timeline.append(("speculation", time.perf_counter() - start))
         worker.write_weight_cache()
 
     def submit(self, step: SchedulerOutput) -> StepHandle:

@@ -31,6 +31,7 @@ from penstock.core.errors import ConfigError, IntegrityError, PenstockError
 from penstock.core.types import ModelInfo
 from penstock.engine.executor import KVCapacity, SpeculationProfile, StepHandle
 from penstock.engine.step import RunnerOutput, SchedulerOutput
+from penstock.execution.runner.draft_lengths import speculation_profile
 from penstock.execution.runner.rank_group import RankGroup
 from penstock.execution.runner.rank_messages import (
     Allocate,
@@ -78,7 +79,7 @@ class ParallelExecutor:
         progress: bool = False,
     ) -> None:
         self.timeline: list[tuple[str, float]] = []
-        self.speculation: SpeculationProfile | None = None
+        self.speculation: SpeculationProfile | None = speculation_profile(config)
         self._given = config
         self._owns_group = group is None
         self._on_gone = on_gone
@@ -92,9 +93,6 @@ class ParallelExecutor:
             self._watch.start()
             with self._phase("warm-up"):
                 self._warm_up()
-            if self.config.speculative_model:
-                with self._phase("speculation"):
-                    self._profile_speculation()
         except BaseException:
             self._group.close()
             raise
@@ -185,12 +183,6 @@ class ParallelExecutor:
         for step in small_steps(self.config, self._capacity.num_blocks):
             for error in self.submit(step).result().errors.values():
                 logger.warning("the warm-up request failed: %s", error)
-
-    def _profile_speculation(self) -> None:
-        # Imports torch, which this process does without otherwise.
-        from penstock.execution.runner.speculation import speculation_profile
-
-        self.speculation = speculation_profile(self.config, self.submit, self._capacity.num_blocks, None)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

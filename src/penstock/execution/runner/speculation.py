@@ -1,30 +1,22 @@
-"""The settings of speculation, made real: the draft model, the proposer, and what speculating costs here."""
+"""The settings of speculation, made real: the draft model and the proposer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from penstock.core.config import NGRAM, EngineConfig
 from penstock.core.errors import ConfigError, IntegrityError
-from penstock.engine.executor import SpeculationProfile, StepHandle
-from penstock.engine.step import SchedulerOutput
 from penstock.execution.models.config import ModelConfig
 from penstock.execution.models.registry import LoadedModel, load_model
 from penstock.execution.parallel.groups import WHOLE_MODEL
-from penstock.execution.runner.calibration import measure_costs
+from penstock.execution.runner.draft_lengths import max_draft_tokens
 from penstock.execution.runner.limits import torch_dtype
 from penstock.execution.speculative.draft_model import DraftModel, DraftModelProposer, TokenSource
 from penstock.execution.speculative.ngram import NGramProposer
 from penstock.execution.speculative.proposer import Proposer, Sequences
-
-# Most drafts for one request and step where the scheduler chooses how many. With four of five drafts accepted the ninth would be reached
-# once in six steps, and each costs a row of verification; a place to copy from lasts longer, and its drafts are free.
-_MAX_DRAFTS_OF_A_MODEL = 8
-_MAX_DRAFTS_OF_NGRAMS = 12
 
 
 def load_draft(config: EngineConfig, target: LoadedModel, device: torch.device, progress: bool) -> LoadedModel | None:
@@ -91,29 +83,6 @@ def make_proposer(
     # Half a step's tokens keep the model's own rhythm; the few that each request misses after a step with drafts always find room.
     max_tokens = max(config.max_num_batched_tokens // 2, 2 * config.max_num_seqs)
     return DraftModelProposer(model, sequences=batch, sampler=sampler, max_tokens=max_tokens)
-
-
-def max_draft_tokens(config: EngineConfig) -> int:
-    """Most drafts for one request and step; 0 without speculation."""
-    if not config.speculative_model:
-        return 0
-    largest = _MAX_DRAFTS_OF_NGRAMS if config.speculative_model == NGRAM else _MAX_DRAFTS_OF_A_MODEL
-    return config.num_speculative_tokens or largest
-
-
-def speculation_profile(
-    config: EngineConfig, submit: Callable[[SchedulerOutput], StepHandle], num_blocks: int, draft: LoadedModel | None
-) -> SpeculationProfile | None:
-    """What proposals there are and, where the scheduler chooses how many, what they cost: `submit` runs steps for that, for about two
-    seconds at most. None without speculation. `config` is resolved; `draft`: the draft model, where this process holds it."""
-    max_drafts = max_draft_tokens(config)
-    if not max_drafts:
-        return None
-    if config.num_speculative_tokens:
-        return SpeculationProfile(max_drafts)
-    longest = config.max_model_len if draft is None else min(config.max_model_len, draft.config.max_model_len)
-    costs = measure_costs(config, submit, num_blocks, longest, has_draft_model=config.speculative_model != NGRAM)
-    return SpeculationProfile(max_drafts, True, costs.step_seconds, costs.draft_seconds, costs.first_draft_seconds)
 
 
 def speculation_text(config: EngineConfig, draft: LoadedModel | None) -> str:

@@ -31,6 +31,7 @@ from penstock.execution.parallel.groups import WHOLE_MODEL, ModelPart
 from penstock.execution.runner.batch import PersistentBatch
 from penstock.execution.runner.cpus import bind_to_cpus
 from penstock.execution.runner.description import describe, fingerprint
+from penstock.execution.runner.draft_lengths import max_draft_tokens
 from penstock.execution.runner.kv_memory import (
     KVPlan,
     MemoryUse,
@@ -51,7 +52,7 @@ from penstock.execution.runner.limits import (
 from penstock.execution.runner.model_runner import Model, ModelRunner
 from penstock.execution.runner.out_of_memory import memory_must_suffice, mib
 from penstock.execution.runner.pipeline import LaterStage, StageLink, StageRunner
-from penstock.execution.runner.speculation import draft_bytes_per_block, load_draft, make_proposer, max_draft_tokens
+from penstock.execution.runner.speculation import draft_bytes_per_block, load_draft, make_proposer
 from penstock.execution.runner.steps import HostSteps, StepRunner, Steps
 from penstock.execution.sampling.sampler import Sampler
 
