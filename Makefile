@@ -27,10 +27,10 @@ serve: $(VENV)/.installed  ## Serve the embedded model on port 8000 (ARGS="MODEL
 	@exec $(BIN)/penstock serve $(ARGS)
 
 test: $(VENV)/.installed-dev  ## Run the default test suite (fast, no GPU, no system package needed)
-	@exec $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@exec $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(VENV)/.installed-dev  ## Run the slow tests as well
-	@exec $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu' $(ARGS)
+	@exec $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not gpu' $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style and types
 	$(BIN)/ruff check .

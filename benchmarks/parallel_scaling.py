@@ -3,11 +3,11 @@
     python benchmarks/parallel_scaling.py
 
 On a machine with two cores two ranks have one core each, so they can be as fast as one rank with two threads at best: what is measured is
-the price of dividing a model. Four engines in turns, in every round: one rank with one thread, one rank with two, two tensor ranks and
-two pipeline stages with one thread each. The model:
+the price of dividing a model. Three engines in turns, in every round: one rank with two threads, two tensor ranks and two pipeline stages
+with one thread each. What they should take, from t(requests), the step of one rank on both cores:
 
-    step of 2 tensor ranks      t(1 rank, 1 thread) / 2 + 2 · layers · sum([T, hidden]) + gather([requests, vocabulary / 2])
-    step of 2 stages            one request: t(1 rank, 1 thread) + the way of [T, hidden]; many: half of that per step, two at once
+    2 tensor ranks     t + 2 · layers · sum([T, hidden]) + gather([requests, vocabulary / 2])
+    2 stages           one request: 2 t, because one core works at a time; eight: two steps of four at once, 2 t(4), on one core each
 
 The sums and gathers are measured by themselves in two processes in the same run. Ratios are taken within a round; medians.
 """
@@ -31,12 +31,11 @@ from penstock.engine.engine import Engine
 
 SHAPE = "tinyllama-1.1b"
 ENGINES: dict[str, dict[str, Any]] = {
-    "1 rank, 1 thread": {"threads": 1},
     "1 rank, 2 threads": {"threads": 2},
     "2 tensor ranks": {"threads": 1, "tensor_parallel_size": 2},
     "2 stages": {"threads": 1, "pipeline_parallel_size": 2},
 }
-BASE = "1 rank, 1 thread"
+BASE = "1 rank, 2 threads"
 # requests, prompt tokens, output tokens
 WORKLOADS = {"1 request, decode": (1, 16, 33), "8 requests, decode": (8, 16, 33), "1 request, prefill": (1, 512, 1)}
 REPEATS = 200
@@ -164,7 +163,7 @@ def _median(operation: Any, tokens: int) -> float:
 
 
 def predicted(data: dict[str, Any], work: str, name: str) -> float | None:
-    """Seconds per step by the model at the top, from the engine with one rank and one thread."""
+    """Seconds per step by the model at the top."""
     requests, prompt, output = WORKLOADS[work]
     tokens = prompt if output == 1 else requests
     one = statistics.median(data["seconds"][work][BASE])
@@ -172,18 +171,17 @@ def predicted(data: dict[str, Any], work: str, name: str) -> float | None:
     hidden, vocab = shape["hidden_size"], shape["vocab_size"]
     if name == "2 tensor ranks":
         sums = 2 * shape["num_hidden_layers"] * cost[f"shared memory, sum [{tokens}, {hidden}]"]
-        return one / 2 + sums + cost[f"shared memory, gather [{requests}, {vocab // 2}]"]
+        return one + sums + cost[f"shared memory, gather [{requests}, {vocab // 2}]"]
     if name == "2 stages":
-        way = cost[f"gloo, sum [{tokens}, {hidden}]"]
-        return one + way if requests == 1 else one / 2 * 2 * _of_half_the_requests(data, work) + way
+        return 2 * (one if requests == 1 else _of_half_the_requests(data, work))
     return None
 
 
 def _of_half_the_requests(data: dict[str, Any], work: str) -> float:
-    """A step of half of the requests, as a share of one of all, between the steps of one request and of eight."""
+    """Seconds of a step of four requests, between those of one and of eight."""
     one = statistics.median(data["seconds"]["1 request, decode"][BASE])
-    all_of_them = statistics.median(data["seconds"][work][BASE])
-    return (one + (all_of_them - one) * 3 / 7) / all_of_them
+    eight = statistics.median(data["seconds"][work][BASE])
+    return one + (eight - one) * 3 / 7
 
 
 def rows_of(precision: str, data: dict[str, Any]) -> list[list[str]]:
@@ -212,7 +210,7 @@ def rows_of(precision: str, data: dict[str, Any]) -> list[list[str]]:
 def main(options: Options) -> None:
     """Steps of one rank, two tensor ranks and two stages, beside a model of what they should take."""
     results = Results("parallel_scaling", options)
-    rows = [["weights", "workload", "engine", "ms per step", "speed / 1 thread", "model ms", "measured / model"]]
+    rows = [["weights", "workload", "engine", "ms per step", "speed / 1 rank", "model ms", "measured / model"]]
     notes = []
     for precision in ("int8",) if options.quick else ("int8", "auto"):
         data = results.section(precision, partial(main_measure, options, precision))

@@ -10,7 +10,6 @@ Ratios are taken within a round; the table has their medians, and the interquart
     draft    the embedded model with its draft model, on stories
     ngram    the same model with n-grams, on requests that quote: the story that is asked for stands in the conversation already
     fresh    n-grams where there is nothing to quote, the worst case of `auto`
-    oracle   the shape of TinyLlama-1.1B in int8 with guesses that are right with a set probability, and the cost of a small draft model
 
 The plot (with matplotlib installed) answers "speculation or batching?": tokens per second of the machine against tokens per second of one
 request, for every number of requests at once.
@@ -33,14 +32,13 @@ from common import RESULTS, Options, Results, find_model
 from penstock.core.config import EngineConfig
 from penstock.core.types import EngineRequest, SamplingParams
 from penstock.engine.engine import Engine
+from speculation_plot import draw
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (1, 2, 3, 4, 6, 8)
 OFF, AUTO = "off", "auto"
 MAX_REQUESTS = 64
 OUTPUT_TOKENS = 96
-ORACLE_LENGTHS = (2, 4, 8)
-ORACLE_ACCEPTANCES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 HEROES = ("fox", "rabbit", "bear", "owl", "mouse", "deer", "hedgehog", "squirrel")
 MORALS = ("honesty", "patience", "kindness", "courage", "sharing", "hard work", "gratitude", "forgiveness")
 PLACES = (
@@ -290,7 +288,7 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
 @click.option("--rounds", type=click.IntRange(min=1), help="Interleaved repetitions.")
 @click.option("--threads", default=0, show_default=True, help="CPU threads of the engines; 0: all cores.")
 @click.option("--kv-cache-gib", default=0.1, show_default=True, help="KV cache of each engine.")
-@click.option("--only", type=click.Choice([*SECTIONS, "oracle"]), multiple=True, help="Sections to measure.")
+@click.option("--only", type=click.Choice([*SECTIONS]), multiple=True, help="Sections to measure.")
 def main(only: tuple[str, ...], **values: Any) -> None:
     options = Options(models=(), **values)
     results = Results("speculation", options)
@@ -299,6 +297,7 @@ def main(only: tuple[str, ...], **values: Any) -> None:
         if not only or name in only or name in results.sections:
             rows += pair_rows(name, results.section(name, partial(measure, options)))
     results.publish(rows, [__doc__.split("\n\n")[2].replace("\n", " ")])
+    draw(results.sections, results.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from common import SHAPES, Options, Results, find_model, script_options
 from penstock.core.config import EngineConfig
 from penstock.core.types import EngineRequest, LiveLimits, SamplingParams
 from penstock.engine.engine import Engine
-from penstock.engine.executor import SpeculationProfile
 
 SHAPE, DRAFT_SHAPE = "tinyllama-1.1b", "llama-68m"
 LENGTHS = (2, 4, 8)
@@ -53,7 +52,7 @@ class OracleEngine:
             return oracle
 
         with patch.object(worker, "make_proposer", make):
-            self.engine, self.profile = _engine(options, setting)
+            self.engine = _engine(options, setting)
         self._ids = itertools.count()
 
     def run(self, prompts: list[list[int]], acceptance: float) -> tuple[float, dict[tuple[int, ...], list[int]]]:
@@ -76,7 +75,7 @@ class OracleEngine:
         return seconds, {tuple(prompt): output for prompt, output in zip(prompts, outputs.values(), strict=True)}
 
 
-def _engine(options: Options, setting: str) -> tuple[Engine, SpeculationProfile | None]:
+def _engine(options: Options, setting: str) -> Engine:
     from penstock.execution.runner.executors import UniProcessExecutor
     from penstock.hub import resolve_models
 
@@ -99,11 +98,11 @@ def _engine(options: Options, setting: str) -> tuple[Engine, SpeculationProfile 
         max_num_seqs=resolved.max_num_seqs,
         max_prefill_tokens_while_decoding=resolved.max_prefill_tokens_while_decoding,
     )
-    return Engine(executor, limits, prefix_caching=False), executor.speculation
+    return Engine(executor, limits, prefix_caching=False)
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Seconds per token by requests at once, acceptance and setting; and the costs measured at the start of `auto`."""
+    """Seconds per token by requests at once, acceptance and setting."""
     rounds = options.repeat(3, 1)
     acceptances = ACCEPTANCES[::3] if options.quick else ACCEPTANCES
     answers: dict[tuple[int, ...], list[int]] = {}
@@ -128,21 +127,10 @@ def measure(options: Options) -> dict[str, Any]:
                             runs[setting].append(took)
                 line = "  ".join(f"{name} {_ratio(runs, name):.2f}" for name in settings)
                 print(f"  {concurrency} at once, {acceptance:.0%} right: {line}", flush=True)
-        profile = engines[AUTO].profile
     finally:
         for engine in engines.values():
             engine.engine.shutdown()
-    return {"seconds": seconds, "profile": _builtins(profile)}
-
-
-def _builtins(profile: SpeculationProfile | None) -> dict[str, Any]:
-    if profile is None:
-        return {}
-    return {
-        "step_seconds": profile.step_seconds,
-        "draft_seconds": profile.draft_seconds,
-        "first_draft_seconds": profile.first_draft_seconds,
-    }
+    return {"seconds": seconds}
 
 
 def _ratio(runs: dict[str, list[float]], setting: str) -> float:
@@ -169,13 +157,10 @@ def main(options: Options) -> None:
                 for length in LENGTHS
             ]
             rows.append([concurrency, f"{float(acceptance):.0%}", *cells, f"{_ratio(runs, AUTO):.2f}"])
-    points = ", ".join(f"{int(x)}: {1000 * y:.1f}" for x, y in data["profile"]["step_seconds"])
-    passes = ", ".join(f"{int(x)}: {1000 * y:.2f}" for x, y in data["profile"]["draft_seconds"])
     results.publish(
         rows,
         [
             "Speed beside no speculation, medians of ratios within a round; outputs were equal in every run.",
-            f"What `auto` measured at its start, in ms: a step by its tokens {points}; a pass of the draft model by requests {passes}.",
         ],
     )
 

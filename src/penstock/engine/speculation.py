@@ -10,8 +10,8 @@ second and request that it was seen to give:
     7, 8         910        820     790     –        → none
 
 Steps are counted in windows of one length. The best length is used; another one has a window now and then, the more rarely the more it
-lost, so that all trials of a length together cost at most TRIAL_SHARE of the time. A new size begins without drafts; what lost
-in a smaller batch waits for its turn there as well.
+lost: all trials of the second best one cost about half a percent of the time, of every other one a fifth. A new size begins without drafts;
+what lost in a smaller batch waits for its turn there as well.
 
 Within a length, a request gets drafts as far as they are likely to be right, by its own running acceptance (acceptance.py).
 """
@@ -27,10 +27,10 @@ from penstock.engine.step import RequestKey
 
 # Steps of a window that count, behind those in which the last window's drafts are still verified; a first window is longer.
 _WINDOW, _FIRST_WINDOW, _SETTLING = 6, 8, 2
-# Part of the time that trials of one length may cost.
-TRIAL_SHARE = 0.003
-# What a window leaves of the weight of those before it.
-_KEEP = 0.9
+# Part of the time that trials of the second best length, and of each other one, may cost.
+_SECOND_SHARE, _TRIAL_SHARE = 0.005, 0.002
+# What a window leaves of the weight of one before it, whatever its length was; of those long ago, this much is kept at least.
+_KEEP, _KEEP_OF_OLD = 0.9, 0.2
 # By how much a length has to be better than the one in use, and drafts than none.
 _LEAD = 0.02
 # Lengths that lose this much are not better for being longer.
@@ -44,12 +44,15 @@ _PROBE_INTERVAL = 48
 
 @dataclass
 class _Arm:
-    """A length, and what it gave lately. due: the batch's time at which it may be tried again; wait: windows before it is tried first."""
+    """A length, and what it gave lately. ended: the batch's time at the end of its last window, which was the batch's window `last`; cost:
+    seconds that were lost by it. wait: windows before it is tried first."""
 
     length: int
     tokens: float = 0.0
     seconds: float = 0.0
-    due: float = 0.0
+    ended: float = 0.0
+    last: int = 0
+    cost: float = 0.0
     wait: float = 0.0
 
     @property
@@ -170,7 +173,7 @@ class SpeculationController:
         for arm, other in zip(arms[1:], nearest.arms[1:], strict=True):
             # What loses in a smaller batch loses more in a larger one, but may gain in one that is smaller still.
             loss = 1.0 - other.rate / nearest.best.rate if other.tried else 1.0
-            arm.wait = loss / TRIAL_SHARE if place < size else 0.0
+            arm.wait = loss / _TRIAL_SHARE if place < size else 0.0
         return _Batch(arms, arms[0], arms[0])
 
 
@@ -187,17 +190,19 @@ def _finish_window(batch: _Batch) -> None:
     if batch.bad_windows == _BAD_WINDOWS:
         # Requests have changed: what is known of all lengths is old.
         for some in batch.arms:
-            some.tokens, some.seconds, some.due = _FORGET * some.tokens, _FORGET * some.seconds, batch.time
-    arm.tokens = _KEEP * arm.tokens + batch.tokens
-    arm.seconds = _KEEP * arm.seconds + batch.seconds
+            some.tokens, some.seconds, some.cost = _FORGET * some.tokens, _FORGET * some.seconds, 0.0
     batch.time += batch.seconds
     batch.windows += 1
+    kept = max(_KEEP ** (batch.windows - arm.last), _KEEP_OF_OLD)
+    arm.tokens = kept * arm.tokens + batch.tokens
+    arm.seconds = kept * arm.seconds + batch.seconds
+    arm.ended, arm.last = batch.time, batch.windows
     tried = [some for some in batch.arms if some.tried]
     leader = max(tried, key=lambda some: some.rate)
     if not batch.best.tried or leader.rate > batch.best.rate * (1.0 + _LEAD):
         batch.best = leader
     loss = max(1.0 - arm.rate / batch.best.rate, 0.02)
-    arm.due = batch.time + batch.seconds * loss / TRIAL_SHARE
+    arm.cost = batch.seconds * loss
     chosen = _next_arm(batch)
     batch.steps = _WINDOW if chosen.tried else _FIRST_WINDOW
     batch.settling = 0 if chosen is arm else _SETTLING
@@ -215,8 +220,11 @@ def _next_arm(batch: _Batch) -> _Arm:
     if untried and not _is_hopeless(batch):
         # Single drafts pay least for what all proposals cost.
         return min(untried, key=lambda arm: (arm.wait, arm.length == 1))
-    due = [arm for arm in batch.arms if arm is not batch.best and arm.tried and arm.due <= batch.time]
-    return min(due, key=lambda arm: arm.due) if due else batch.best
+    others = sorted((arm for arm in batch.arms if arm is not batch.best and arm.tried), key=lambda arm: -arm.rate)
+    for place, arm in enumerate(others):
+        if arm.cost <= (batch.time - arm.ended) * (_TRIAL_SHARE if place else _SECOND_SHARE):
+            return arm
+    return batch.best
 
 
 def _is_hopeless(batch: _Batch) -> bool:

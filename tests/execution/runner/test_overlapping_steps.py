@@ -265,7 +265,7 @@ def test_drafts_change_nothing(
     assert harness.graphs is None or harness.graphs.lengths_run == {1, 2, 1 + MAX_DRAFTS}
 
 
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("drafts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_sampler_of_the_device(loaded: LoadedModel, drafts: bool) -> None:
     """A few requests, because its kernels are slow when they are interpreted."""
     host = Harness(loaded, num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS)
