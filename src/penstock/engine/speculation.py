@@ -31,7 +31,7 @@ _WINDOW, _FIRST_WINDOW, _SETTLING = 6, 8, 2
 _SECOND_SHARE, _TRIAL_SHARE = 0.005, 0.002
 # What a window leaves of the weight of one before it, whatever its length was; of those long ago, this much is kept at least.
 _KEEP, _KEEP_OF_OLD = 0.9, 0.2
-# By how much a length has to be better than the one in use, and drafts than none.
+# By how much a length has to be better than the one in use.
 _LEAD = 0.02
 # Lengths that lose this much are not better for being longer.
 _CLEAR_LOSS = 0.05
@@ -131,7 +131,7 @@ class SpeculationController:
         what it verified is told next. Of a step with prompts only the latter counts: a draft model has to compute prompts as well."""
         self._counts = False
         batch = self._batch
-        if batch is None:
+        if batch is None or seconds <= 0.0:
             return
         if num_prompt_tokens:
             batch.seconds += draft_seconds
