@@ -138,7 +138,8 @@ def test_llm_gives_the_tokens_of_the_cpu(
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in reference], abs=1e-4)
 
 
-@pytest.mark.parametrize("overlap", ["on", pytest.param("off", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", ["on", "off"])
 def test_drafts_are_verified_by_recorded_steps(small: Path, overlap: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of the model itself, which are all right; the tokens are those of a CPU without drafts."""
     run, replayed = StepGraphs.run, []
