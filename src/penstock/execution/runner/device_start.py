@@ -184,7 +184,7 @@ class DeviceStart:
     def _allocate(self, plan: KVPlan) -> tuple[list[KVCache], list[KVCache]]:
         loaded = self._loaded
         return allocate_kv_caches(
-            plan, loaded.cache_spec, loaded.config.num_layers, loaded.attention_backend, self._accelerator.device
+            plan, loaded.cache_spec, loaded.num_layers, loaded.attention_backend, self._accelerator.device
         )
 
     def _no_memory_for_a_step(self) -> str:

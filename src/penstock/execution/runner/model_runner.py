@@ -9,7 +9,6 @@ backend or one kind of request must not add a branch here: hide it behind the mo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from penstock.core.types import SamplingParams
-from penstock.engine.step import BlockMove, RunnerOutput, SchedulerOutput
+from penstock.engine.step import RunnerOutput, SchedulerOutput
 from penstock.execution.attention.backend import AttentionBackend, KVCache
 from penstock.execution.attention.context import ForwardContext, forward_context
 from penstock.execution.runner.batch import PersistentBatch, StepInputs
 from penstock.execution.runner.drafts import Proposals, step_masks, verified_drafts
+from penstock.execution.runner.moves import move_blocks
 from penstock.execution.runner.outputs import add_samples, add_verified, plan_prompt_logprobs, sampling_keys
 from penstock.execution.sampling.logprobs import MAX_LOGITS_BYTES, prompt_token_logprobs
 from penstock.execution.sampling.sampler import SampledRows, Sampler
@@ -165,19 +165,10 @@ class ModelRunner:
     def _apply(self, step: SchedulerOutput) -> None:
         """Take over what the step says of requests and blocks."""
         forget_requests(step, self._batch, self._sampler, self._proposals)
-        self._move_blocks(step)
+        move_blocks(step, self._backend, self._kv_caches, self._host_caches, self._device)
         self._proposals.move_blocks(step)
         add_requests(step, self._batch, self._sampler, self._proposals)
         self._proposals.add_blocks(self._batch.update(step.cached_requests))
-
-    def _move_blocks(self, step: SchedulerOutput) -> None:
-        if step.swap_outs:
-            self._backend.swap_out(self._kv_caches, self._host_caches, step.swap_outs)
-        if step.swap_ins:
-            self._backend.swap_in(self._kv_caches, self._host_caches, step.swap_ins)
-        if step.block_copies:
-            source, target = _block_ids(step.block_copies, self._device)
-            self._backend.copy_blocks(self._kv_caches, source, target)
 
     def _sample(self, output: RunnerOutput, step: SchedulerOutput, inputs: StepInputs, logits: Tensor) -> None:
         slots, masks = inputs.slots[inputs.sampling], step_masks(step, inputs)
@@ -222,10 +213,3 @@ class ModelRunner:
             max_logits_bytes=self._max_logits_bytes,
         )
         plan.add_to(output, entries)
-
-
-def _block_ids(moves: Sequence[BlockMove], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sources and targets, int64."""
-    pairs = torch.tensor([(move.source, move.target) for move in moves], dtype=torch.int64)
-    source, target = pairs.to(device).unbind(1)
-    return source, target

@@ -123,7 +123,7 @@ class ModelWorker:
     def plan(self) -> KVPlan:
         """The cache that this rank has room for. Raises ConfigError when no useful request fits, or the host tier does not."""
         loaded = self.loaded
-        bytes_per_block = self._num_layers * loaded.attention_backend.bytes_per_block(loaded.cache_spec)
+        bytes_per_block = loaded.num_layers * loaded.attention_backend.bytes_per_block(loaded.cache_spec)
         if self.draft is not None:
             bytes_per_block += draft_bytes_per_block(self.draft)
         free_host_bytes = free_host_memory() // self._place.local_ranks
@@ -163,11 +163,6 @@ class ModelWorker:
         """Keep packed weights on disk, in the background, if that is worth while. For after the start."""
         if self.loaded.pending_cache is not None:
             self.loaded.pending_cache.write_in_background()
-
-    @property
-    def _num_layers(self) -> int:
-        """Layers of this rank's stage."""
-        return len(self.part.stage.layers(self.loaded.config.num_layers))
 
     @property
     def _max_slots(self) -> int:
@@ -224,7 +219,7 @@ class ModelWorker:
             # Kernels read the table of positions where it is, and never ask for a longer one.
             loaded.model.prepare(config.max_model_len)
         kv_caches, host_caches = allocate_kv_caches(
-            plan, loaded.cache_spec, self._num_layers, loaded.attention_backend, device
+            plan, loaded.cache_spec, loaded.num_layers, loaded.attention_backend, device
         )
         batch = PersistentBatch(self._max_slots, config.max_model_len, config.block_size, device)
         if stage.count > 1:
