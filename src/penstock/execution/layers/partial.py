@@ -17,7 +17,3 @@ class PartialModuleList(nn.ModuleDict):
         self.present = tuple(present)
         self.total = total
         super().__init__({str(index): make(index) for index in self.present})
-
-    def is_elsewhere(self, name: str) -> bool:
-        """Whether `name`, a number, is a module of the whole model that another process has."""
-        return name.isdecimal() and int(name) < self.total and int(name) not in self.present

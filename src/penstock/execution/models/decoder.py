@@ -131,16 +131,6 @@ class CausalLM(nn.Module):
             tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
             self.lm_head = LMHead(config.vocab_size, config.hidden_size, options, tied_to=tied_to)
 
-    @property
-    def absent_modules(self) -> frozenset[str]:
-        """Names of modules that the whole model has and another pipeline stage holds; for layers see PartialModuleList."""
-        present = {
-            "model.embed_tokens": self.model.embed_tokens,
-            "model.norm": self.model.norm,
-            "lm_head": self.lm_head,
-        }
-        return frozenset(name for name, module in present.items() if module is None)
-
     def forward(self, input_ids: Tensor, positions: Tensor, residual: Tensor | None = None) -> Tensor:
         """Token ids and positions int64 [T] → hidden states [T, hidden_size]. Needs a forward context.
 
