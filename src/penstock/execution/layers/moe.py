@@ -100,9 +100,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(hidden_size, routing.num_experts, options)
         tensor = options.part.tensor
         present = range(*padded_part(routing.num_experts, tensor.rank, tensor.size))
-        self.experts = PartialModuleList(
-            routing.num_experts, present, lambda _: Expert(hidden_size, intermediate_size, down_name, options)
-        )
+        self.experts = PartialModuleList(present, lambda _: Expert(hidden_size, intermediate_size, down_name, options))
         self._kernel: ExpertsKernel | None = None
 
     def finish_loading(self) -> None:

@@ -8,12 +8,11 @@ from torch import nn
 
 
 class PartialModuleList(nn.ModuleDict):
-    """Modules under their numbers in the whole model, which are their names in checkpoints. `total`: how many the whole model has.
+    """Modules under their numbers in the whole model, which are their names in checkpoints.
 
     Iterating gives numbers as text, like any ModuleDict; `present` gives them as integers.
     """
 
-    def __init__(self, total: int, present: Iterable[int], make: Callable[[int], nn.Module]) -> None:
+    def __init__(self, present: Iterable[int], make: Callable[[int], nn.Module]) -> None:
         self.present = tuple(present)
-        self.total = total
         super().__init__({str(index): make(index) for index in self.present})

@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         if stage.is_first or (stage.is_last and config.tie_word_embeddings):
             self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, options, lookups=stage.is_first)
         self.layers = PartialModuleList(
-            config.num_layers, stage.layers(config.num_layers), lambda index: make_layer(config, index, options)
+            stage.layers(config.num_layers), lambda index: make_layer(config, index, options)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options) if stage.is_last else None
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, options.dtype, options.device)
